@@ -1,0 +1,1 @@
+"""The hardware models, one file each, behind the Protocols of `ops`."""

@@ -1,0 +1,274 @@
+"""Ports to the caller: its memory, credentials and files; the fault gate; the event port.
+
+The core knows the outside through these classes alone. The server (sockets, seccomp, FUSE) and the tests supply the
+concrete ones. Nothing here waits or owns an OS resource.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from .errors import EBADF, EFAULT, EINVAL, EMFILE, ENOENT, ENOMEM, IommufdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+PAGE_MASK = ~(PAGE_SIZE - 1)
+ULONG_MAX = 2**64 - 1
+
+
+class Gate(enum.Enum):
+    """Kinds of acquisition that can be made to fail, with the errno the kernel gives there."""
+
+    OBJECT = ENOMEM  # an object and its id: _iommufd_object_alloc()
+    LOOKUP = ENOENT  # iommufd_get_object()
+    COPY_IN = EFAULT  # copy_from_user()
+    COPY_OUT = EFAULT  # copy_to_user()
+    MEMORY = ENOMEM  # any other allocation on the caller's behalf
+    PIN = EFAULT  # pfn_reader_user_pin(), iopt_pages_rw_page()
+    CHARGE = ENOMEM  # pfn_reader_user_update_pinned()
+    RESERVE = EINVAL  # iopt_table_enforce_dev_resv_regions()
+    DOMAIN = ENOMEM  # domain_alloc_*()
+    ATTACH = ENOMEM  # the handle of an attachment
+    FD = EMFILE  # get_unused_fd_flags(), anon_inode_getfile()
+    MMAP = ENOMEM  # a mapping of device registers
+
+    # The values repeat, so members are told apart by name and not by value.
+    def __new__(cls, error: type[IommufdError]) -> Gate:
+        member = object.__new__(cls)
+        member._value_ = len(cls.__members__)
+        member.error = error
+        return member
+
+    error: type[IommufdError]
+
+
+class FaultGate:
+    """Every acquisition passes here; armed with n, the n-th pass fails (/proc/self/fail-nth)."""
+
+    __slots__ = ("fired", "nth", "passed")
+
+    def __init__(self) -> None:
+        self.nth = 0
+        self.fired: Gate | None = None
+        self.passed: list[Gate] | None = None  # a record of the gates met, when a test wants one
+
+    def arm(self, nth: int) -> None:
+        """Fail the nth pass from now, counted from 1; 0 disarms."""
+        self.nth = nth
+        self.fired = None
+
+    def __call__(self, gate: Gate) -> None:
+        if self.passed is not None:
+            self.passed.append(gate)
+        if self.nth:
+            self.nth -= 1
+            if not self.nth:
+                self.fired = gate
+                raise gate.error(f"fault injected at gate {gate.name}")
+
+
+class UserMemory(Protocol):
+    """Memory the caller's pointers name, for the time of one call."""
+
+    def read(self, addr: int, length: int) -> bytes:
+        """The readable prefix of [addr, addr + length)."""
+        ...
+
+    def write(self, addr: int, data: bytes) -> int:
+        """Write the longest writable prefix; how many bytes were written."""
+        ...
+
+
+class File:
+    """struct file: what a file descriptor refers to; `refs` counts descriptors and other holders."""
+
+    refs = 1
+
+    def get(self) -> File:
+        self.refs += 1
+        return self
+
+    def put(self) -> None:
+        self.refs -= 1
+        if not self.refs:
+            self.release()
+
+    def release(self) -> None:
+        """The last reference is gone."""
+
+    def read(self, caller: Caller, addr: int, count: int) -> int:
+        """read(2) at position 0: bytes copied to addr."""
+        raise EINVAL("this file cannot be read")
+
+    def write(self, caller: Caller, addr: int, count: int) -> int:
+        """write(2) at position 0: bytes taken from addr."""
+        raise EINVAL("this file cannot be written")
+
+    def poll(self) -> int:
+        """The poll(2) mask that is true now."""
+        return 0
+
+
+class PageFile(File):
+    """A file made of pages: a memfd, the file behind a shared mapping, or the private pages of an mm.
+
+    The object itself is the identity: (PageFile, page index) names a page.
+    """
+
+    pinnable = True  # memfd_pin_folios() takes shmem and hugetlbfs only
+
+    def size(self) -> int:
+        """Bytes now: it can shrink at any time unless sealed."""
+        raise NotImplementedError
+
+    def pread(self, pos: int, length: int) -> bytes:
+        """Bytes at pos; shorter at the end of the file."""
+        raise NotImplementedError
+
+    def pwrite(self, pos: int, data: bytes) -> int:
+        """Store data at pos; shorter at the end of the file."""
+        raise NotImplementedError
+
+
+class PageRun(NamedTuple):
+    """Consecutive pages of one file: the identity of `count` pinned pages."""
+
+    file: PageFile
+    page: int
+    count: int
+
+
+class Mm:
+    """struct mm_struct: an address space, alive as long as a process or channel has it."""
+
+    alive = True
+    locked_vm = 0  # pages charged to RLIMIT_MEMLOCK of the process
+    pinned_vm = 0  # pages pinned, whoever is charged
+
+    def read(self, addr: int, length: int) -> bytes:
+        """copy_from_user: the readable prefix."""
+        raise NotImplementedError
+
+    def write(self, addr: int, data: bytes) -> int:
+        """copy_to_user: the length of the writable prefix, stored."""
+        raise NotImplementedError
+
+    def resolve(self, addr: int, npages: int, *, write: bool) -> list[PageRun]:
+        """get_user_pages: the identity of npages pages from the page-aligned addr.
+
+        Shorter at the first page that is not mapped, or without the right asked for.
+        """
+        raise NotImplementedError
+
+
+class User:
+    """struct user_struct: what all processes of one uid have locked."""
+
+    __slots__ = ("locked_vm", "uid")
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        self.locked_vm = 0
+
+
+@dataclass
+class Task:
+    """struct task_struct: credentials and limits of the calling process; they may change between calls."""
+
+    user: User
+    cap_ipc_lock: bool = False
+    cap_sys_resource: bool = False
+    cap_sys_rawio: bool = False
+    memlock: int | Callable[[], int] = 8 << 20  # RLIMIT_MEMLOCK in bytes
+    name: str = ""  # for people, in an ENOMEM reason
+
+    def memlock_pages(self) -> int:
+        limit = self.memlock if isinstance(self.memlock, int) else self.memlock()
+        return limit >> PAGE_SHIFT
+
+
+class FileTable(Protocol):
+    """struct files_struct of the caller."""
+
+    def fget(self, fd: int) -> File | None:
+        """The open file, without a reference of its own."""
+        ...
+
+    def get_unused_fd(self) -> int:
+        """Reserve a number; EMFILE."""
+        ...
+
+    def put_unused_fd(self, fd: int) -> None: ...
+
+    def fd_install(self, fd: int, file: File) -> None:
+        """Publish: the table takes over one reference of the file."""
+        ...
+
+
+class EventPort(Protocol):
+    """Who did what to which object; trace, show and the sanitizer listen here."""
+
+    def ioctl(self, ictx: object, caller: Caller, cmd: int, uptr: int, rc: int) -> None:
+        """One ioctl is answered; caller.error tells why it failed."""
+        ...
+
+    def object(self, ictx: object, verb: str, obj: object) -> None:
+        """An object was allocated, published, aborted or destroyed."""
+        ...
+
+
+class Caller:
+    """`current`: the task, address space and files on whose behalf a call runs.
+
+    `memory` is what the pointers of this call name: the packet's segments for a native client, the whole address space
+    under an interposer. All acquisitions of the core go through the methods here, and so through the fault gate.
+    """
+
+    __slots__ = ("error", "files", "gate", "memory", "mm", "task")
+
+    def __init__(self, task: Task, mm: Mm, memory: UserMemory, files: FileTable, gate: FaultGate) -> None:
+        self.task = task
+        self.mm = mm
+        self.memory = memory
+        self.files = files
+        self.gate = gate
+        self.error: IommufdError | None = None  # of the last call, with its reason
+
+    def copy_from_user(self, addr: int, length: int) -> bytes:
+        """EFAULT unless all of it is readable."""
+        self.gate(Gate.COPY_IN)
+        data = self.memory.read(addr, length)
+        if len(data) != length:
+            raise EFAULT(f"memory at {addr + len(data):#x} cannot be read")
+        return data
+
+    def copy_to_user(self, addr: int, data: bytes) -> None:
+        """EFAULT unless all of it is writable; the writable prefix is stored all the same."""
+        self.gate(Gate.COPY_OUT)
+        done = self.memory.write(addr, data)
+        if done != len(data):
+            raise EFAULT(f"memory at {addr + done:#x} cannot be written")
+
+    def get_user_pages(self, addr: int, npages: int, *, write: bool = False) -> list[PageRun]:
+        """The pages now behind an address of the caller; EFAULT."""
+        self.gate(Gate.PIN)
+        runs = self.mm.resolve(addr & PAGE_MASK, npages, write=write)
+        if sum(run.count for run in runs) != npages:
+            raise EFAULT(f"no page behind address {addr:#x}")
+        return runs
+
+    def fget(self, fd: int) -> File:
+        """EBADF unless fd is open."""
+        file = self.files.fget(fd)
+        if file is None:
+            raise EBADF(f"fd {fd} is not open")
+        return file
+
+    def get_unused_fd(self) -> int:
+        self.gate(Gate.FD)
+        return self.files.get_unused_fd()

@@ -1,0 +1,169 @@
+"""Room uapi: the frames of the socket protocol (docs/PROTOCOL.md), shared by daemon and clients.
+
+The layouts say what the bytes are; the prebuilt `struct.Struct`s below them, made from the same layouts, are for the
+loop that handles one packet.
+"""
+
+import struct
+from enum import IntEnum, IntFlag
+from typing import Annotated
+
+from .layout import Layout, layout, raw, s32, u8, u16, u32, u64
+
+MAGIC = 0x44464F49  #: "IOFD"
+VERSION = 1
+
+MAX_PACKET = 131_072  #: bytes, either way
+MAX_FDS = 64  #: descriptors with one packet, either way
+MAX_REQUESTS = 1_024  #: in one packet
+MAX_SEGMENTS = 16  #: of one request
+MAX_SCRATCH = 1 << 30  #: bytes of a scratch file that count
+MAX_REASON = 240  #: bytes of a reason text
+REPLY_ROOM = 64  #: bytes of the reply packet that each request takes beside its writable bytes
+REASON_ROOM = 256  #: the same for a request with REASON, on top
+
+NONE = 0xFFFF_FFFF  #: no descriptor, no segment
+
+
+class Kind(IntEnum):
+    """What a hello asks for."""
+
+    IOMMUFD = 0  #: open /dev/iommu
+    CHANNEL = 1  #: a further channel to an open context
+    DEVICE = 2  #: a VFIO device by name
+
+
+class Op(IntEnum):
+    """Operations of a request."""
+
+    IOCTL = 0
+    READ = 1
+    WRITE = 2
+    REGISTER = 3
+    UNREGISTER = 4
+    SCRATCH = 5
+    MMAP = 6
+    MUNMAP = 7
+    PROTECT = 8
+    CLOSE = 9
+
+
+class Flag(IntFlag):
+    """Flags of a request."""
+
+    REASON = 1  #: tell why a call failed
+
+
+class Where(IntEnum):
+    """Where the bytes of a segment lie."""
+
+    INLINE = 0
+    SCRATCH = 1
+
+
+REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
+
+
+@layout
+class Hello(Layout):
+    """struct iofd_hello"""
+
+    magic: u32 = MAGIC
+    version: u16 = VERSION
+    kind: u16 = 0
+    flags: u32 = 0
+    reserved: u32 = 0
+    mm: u64 = 0
+    reserved2: u64 = 0
+    machine: Annotated[bytes, raw(32)] = b""
+    device: Annotated[bytes, raw(32)] = b""
+
+
+@layout
+class HelloReply(Layout):
+    """struct iofd_hello_reply"""
+
+    magic: u32 = MAGIC
+    version: u16 = VERSION
+    kind: u16 = 0
+    error: u32 = 0
+    reserved: u32 = 0
+    mm: u64 = 0
+    max_packet: u32 = MAX_PACKET
+    max_fds: u32 = MAX_FDS
+    reserved2: Annotated[bytes, raw(16)] = b""
+
+
+@layout
+class RequestHeader(Layout):
+    """struct iofd_request"""
+
+    length: u32 = 0
+    op: u8 = 0
+    flags: u8 = 0
+    segments: u16 = 0
+    cmd: u32 = 0
+    arg: u32 = 0
+
+
+@layout
+class SegmentHeader(Layout):
+    """struct iofd_segment"""
+
+    addr: u64 = 0
+    readable: u64 = 0
+    writable: u64 = 0
+    data: u32 = 0
+    where: u32 = 0
+
+
+@layout
+class RegisterBody(Layout):
+    """struct iofd_register: the body of REGISTER, UNREGISTER, MMAP and PROTECT"""
+
+    addr: u64 = 0
+    length: u64 = 0
+    offset: u64 = 0
+    prot: u32 = 0
+    flags: u32 = 0
+
+
+@layout
+class ReplyHeader(Layout):
+    """struct iofd_reply"""
+
+    length: u32 = 0
+    result: s32 = 0
+    writes: u16 = 0
+    reason: u16 = 0
+    fds: u32 = 0
+
+
+@layout
+class WriteRecord(Layout):
+    """struct iofd_write"""
+
+    segment: u32 = 0
+    offset: u32 = 0
+    length: u32 = 0
+    inline: u32 = 0
+
+
+def _struct(*layouts: type[Layout]) -> struct.Struct:
+    """The layouts one behind the other; no frame has padding, and each starts at a multiple of 8."""
+    return struct.Struct("<" + "".join(part.FORMAT for part in layouts))
+
+
+REQUEST = _struct(RequestHeader)
+SEGMENT = _struct(SegmentHeader)
+CALL = _struct(RequestHeader, SegmentHeader)  #: a request with its first segment: all that most requests have
+REPLY = _struct(ReplyHeader)
+RECORD = _struct(WriteRecord)
+REPLY_RECORD = _struct(ReplyHeader, WriteRecord)  #: a reply with its only write record
+
+PADDING = tuple(bytes(-n % 8) for n in range(8))  #: zeros after n bytes: ``PADDING[n & 7]``
+
+
+def padded(length: int) -> int:
+    """Length rounded up to a multiple of 8."""
+    return length + 7 & ~7

@@ -7,10 +7,12 @@ concrete ones. Nothing here waits or owns an OS resource.
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .errors import EBADF, EFAULT, EINVAL, EMFILE, ENOENT, ENOMEM, IommufdError
+from .spans import UseCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,6 +90,7 @@ class File:
     """struct file: what a file descriptor refers to; `refs` counts descriptors and other holders."""
 
     refs = 1
+    on_change: Callable[[], None] | None = None  # whoever shows poll() to a process listens here
 
     def get(self) -> File:
         self.refs += 1
@@ -113,6 +116,11 @@ class File:
         """The poll(2) mask that is true now."""
         return 0
 
+    def changed(self) -> None:
+        """The answer of poll() may have changed."""
+        if self.on_change is not None:
+            self.on_change()
+
 
 class PageFile(File):
     """A file made of pages: a memfd, the file behind a shared mapping, or the private pages of an mm.
@@ -121,6 +129,12 @@ class PageFile(File):
     """
 
     pinnable = True  # memfd_pin_folios() takes shmem and hugetlbfs only
+    compound = False  # hugetlb: the selftest cannot count references of such pages
+
+    @functools.cached_property
+    def pins(self) -> UseCounts:
+        """How often each page is pinned, by anyone: what the kernel has in the page's reference count."""
+        return UseCounts()
 
     def size(self) -> int:
         """Bytes now: it can shrink at any time unless sealed."""
@@ -136,11 +150,11 @@ class PageFile(File):
 
 
 class PageRun(NamedTuple):
-    """Consecutive pages of one file: the identity of `count` pinned pages."""
+    """Consecutive pages of one file: the identity of `npages` pages from index `page`."""
 
     file: PageFile
     page: int
-    count: int
+    npages: int
 
 
 class Mm:
@@ -255,12 +269,9 @@ class Caller:
             raise EFAULT(f"memory at {addr + done:#x} cannot be written")
 
     def get_user_pages(self, addr: int, npages: int, *, write: bool = False) -> list[PageRun]:
-        """The pages now behind an address of the caller; EFAULT."""
+        """The pages now behind an address of the caller, as many as there are in a row."""
         self.gate(Gate.PIN)
-        runs = self.mm.resolve(addr & PAGE_MASK, npages, write=write)
-        if sum(run.count for run in runs) != npages:
-            raise EFAULT(f"no page behind address {addr:#x}")
-        return runs
+        return self.mm.resolve(addr & PAGE_MASK, npages, write=write)
 
     def fget(self, fd: int) -> File:
         """EBADF unless fd is open."""

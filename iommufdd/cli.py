@@ -1,0 +1,216 @@
+"""The command `iommufdd`: options, logging, sockets, the way out. What takes time to import waits until needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from .server.credentials import Virtual
+    from .server.serve import Server
+
+DESCRIPTION = """\
+Serve Linux's /dev/iommu (iommufd, as of Linux 7.2) to programs on a Unix socket, over emulated
+IOMMU hardware. Needs no kernel support and no privilege.
+
+Each client gets a machine of its own, unless it asks for a shared one by name. What it opens is
+closed when its last descriptor is, however the client ends."""
+
+EPILOG = """\
+sockets:
+  Clients connect to PATH (type SOCK_SEQPACKET); docs/PROTOCOL.md is the protocol. The admin socket
+  (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, and, for tests, credentials
+  and faults. Under systemd, sockets come by LISTEN_FDS (FileDescriptorName=admin marks the admin
+  socket) and readiness is told to NOTIFY_SOCKET.
+
+callers:
+  Whether pages count against RLIMIT_MEMLOCK depends on the caller's uid, capabilities and limit.
+  They are taken from the peer's process. --caller replaces them for every client, for example
+      --caller uid=1000,caps=none,memlock=65536
+  caps is none, or ipc_lock, sys_rawio and sys_resource joined by '+'. memlock is in bytes, or
+  'unlimited'.
+
+exit status:
+  0  stopped by SIGTERM or SIGINT, or --terminate and the last client has left
+  1  could not start
+  2  wrong usage
+
+examples:
+  iommufdd --socket-path /run/iommufdd/iommufdd.sock
+  iommufdd --socket-path ./iommu.sock --terminate --log-level debug
+  iommufdd --fd 3                  (an inherited socket, listening or connected)
+  echo '{"request": "stats"}' | socat - UNIX-CONNECT:./iommu.sock.admin
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon; the exit status."""
+    args = _parser().parse_args(argv)
+    if args.print_capabilities:
+        print(json.dumps(capabilities(), indent=2))
+        return 0
+    _configure_logging(args.log_level, args.log_format)
+    from .server.listener import StartError
+
+    try:
+        return _serve(args)
+    except StartError as error:
+        print(f"iommufdd: {error}", file=sys.stderr)
+        return 1
+
+
+def capabilities() -> dict[str, object]:
+    """What this build can do, for programs that start it."""
+    from iommufd_uapi import wire
+    from iommufd_uapi.iommufd import IOCTLS
+    from iommufd_uapi.iommufd_test import TestCmd
+
+    from .context import IOCTL_OPS
+
+    macros = {struct.CMD: struct.MACRO for struct in (*IOCTLS, TestCmd)}
+    return {
+        "version": __version__,
+        "protocol": wire.VERSION,
+        "kernel": "7.2",
+        "ioctls": {macros[op.cmd]: op.cmd for op in IOCTL_OPS},
+        "machines": ["mock"],
+        "limits": {
+            "packet_bytes": wire.MAX_PACKET,
+            "packet_descriptors": wire.MAX_FDS,
+            "packet_requests": wire.MAX_REQUESTS,
+            "request_segments": wire.MAX_SEGMENTS,
+            "scratch_bytes": wire.MAX_SCRATCH,
+        },
+    }
+
+
+# ---- options -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iommufdd",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sockets = parser.add_argument_group("where to listen")
+    sockets.add_argument("--socket-path", metavar="PATH", help="make and listen at this socket; a dead one there is replaced")
+    sockets.add_argument("--fd", type=int, action="append", default=[], metavar="N", help="serve this inherited socket")
+    sockets.add_argument(
+        "--admin-socket", metavar="PATH", help="admin socket (default: the socket path with .admin; '' for none)"
+    )
+    sockets.add_argument("--mode", type=_mode, default=0o660, metavar="OCTAL", help="mode of the socket (default 0660)")
+    sockets.add_argument("--terminate", action="store_true", help="exit when the last client has left")
+    callers = parser.add_argument_group("who the callers are")
+    callers.add_argument("--caller", type=_caller, metavar="SPEC", help="credentials of every caller, see below")
+    callers.add_argument(
+        "--virtual-caller", action="store_true", help="let the admin socket set credentials of an address space"
+    )
+    output = parser.add_argument_group("output and tuning")
+    output.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
+    output.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
+    output.add_argument(
+        "--spin-us",
+        type=_microseconds,
+        default=0,
+        metavar="N",
+        help="look for requests this long before sleeping: saves wake-ups where clients run on other CPUs (default 0)",
+    )
+    output.add_argument("--print-capabilities", action="store_true", help="print JSON and exit")
+    output.add_argument("--version", action="version", version=f"iommufdd {__version__}")
+    return parser
+
+
+def _mode(text: str) -> int:
+    value = int(text, 8)
+    if not 0 <= value <= 0o777:
+        raise ValueError
+    return value
+
+
+def _microseconds(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
+    return value
+
+
+def _caller(text: str) -> Virtual:
+    from .server.credentials import parse_virtual
+
+    try:
+        return parse_virtual(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _configure_logging(level: str, style: str) -> None:
+    from .server.log import Json, KeyValue
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Json() if style == "json" else KeyValue())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+# ---- the way in and out ------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import gc
+
+    import trio
+
+    from .server.credentials import OWN
+    from .server.serve import Server, run
+    from .wiring import new_machine
+
+    server = Server(new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6)
+    try:
+        admin = _open_sockets(server, args)
+        gc.freeze()  # what the imports made is never garbage
+        trio.run(lambda: run(server, admin=admin, terminate=args.terminate))
+    finally:
+        server.close()
+    return 0
+
+
+def _open_sockets(server: Server, args: argparse.Namespace) -> socket.socket | None:
+    """Everything to listen at; the admin socket. StartError."""
+    import socket as sockets
+
+    from .server.listener import SocketFile, StartError, activated, inherited, listen_at
+
+    admin: socket.socket | None = None
+    for fd, name in activated():
+        if name == "admin":
+            admin = sockets.socket(fileno=fd)
+        else:
+            server.listen(inherited(fd))
+    for fd in args.fd:
+        server.listen(inherited(fd))
+    if args.socket_path:
+        sock = listen_at(args.socket_path, args.mode)
+        server.socket_files.append(SocketFile(args.socket_path))
+        server.listen(sock)
+    if not server.listeners and not server.channels:
+        raise StartError("nothing to serve: give --socket-path or --fd, or start it from a socket unit")
+    path = args.admin_socket
+    if path is None and args.socket_path:
+        path = args.socket_path + ".admin"
+    if path and admin is None:
+        admin = listen_at(path, 0o600, sockets.SOCK_STREAM)
+        server.socket_files.append(SocketFile(path))
+    return admin
+
+
+if __name__ == "__main__":
+    sys.exit(main())

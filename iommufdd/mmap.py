@@ -1,0 +1,76 @@
+"""mmap of the iommufd: registers of a vIOMMU that user space touches directly (main.c, driver.c)."""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from .errors import EINVAL, ENXIO, EPERM
+from .objects import Holder, IommufdObject
+from .user import PAGE_SIZE, File
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .iommu import ops
+
+
+class MmapRegion:
+    """struct iommufd_mmap: `data` is the memory; the server gives it a file when somebody maps it."""
+
+    def __init__(self, owner: IommufdObject, offset: int, length: int) -> None:
+        self.owner = owner
+        self.offset = offset
+        self.length = length
+        self.data: bytearray = bytearray(length)
+
+
+class Vma(File, Holder):
+    """One live mapping: a user of the region's owner, and of the context."""
+
+    def __init__(self, ictx: Context, region: MmapRegion) -> None:
+        Holder.__init__(self)
+        self.refs = 1
+        self.ictx = ictx
+        self.region = region
+        self.hold(region.owner)
+        ictx.get()
+
+    def release(self) -> None:
+        self.let_go_all()
+        self.ictx.put()
+
+    def __str__(self) -> str:
+        return f"a mapping at offset {self.region.offset:#x}"
+
+
+class MmapRegions:
+    """The offsets given out: first fit from one page on (mt_mmap)."""
+
+    def __init__(self) -> None:
+        self._regions: dict[int, MmapRegion] = {}  # by offset
+
+    def alloc(self, owner: IommufdObject, length: int) -> MmapRegion:
+        """_iommufd_alloc_mmap()"""
+        offset = PAGE_SIZE
+        for start in sorted(self._regions):
+            if start - offset >= length:
+                break
+            offset = start + self._regions[start].length
+        region = self._regions[offset] = MmapRegion(owner, offset, length)
+        return region
+
+    def destroy(self, region: ops.MmapRegion) -> None:
+        """_iommufd_destroy_mmap()"""
+        del self._regions[region.offset]
+
+    def mmap(self, ictx: Context, offset: int, length: int, prot: int, flags: int) -> Vma:
+        """iommufd_fops_mmap(): EINVAL, EPERM, ENXIO unless exactly one region is asked for."""
+        length = length + PAGE_SIZE - 1 & -PAGE_SIZE  # mmap(2) rounds up before the file sees it
+        if not flags & mmap.MAP_SHARED:
+            raise EINVAL("registers are mapped MAP_SHARED")
+        if prot & mmap.PROT_EXEC:
+            raise EPERM("registers cannot be executed")
+        region = self._regions.get(offset)
+        if region is None or region.length != length:
+            raise ENXIO(f"no region of {length:#x} bytes at offset {offset:#x}")
+        return Vma(ictx, region)

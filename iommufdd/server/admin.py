@@ -1,0 +1,114 @@
+"""The admin plane: JSON lines on a socket of its own (iommufd_uapi.admin), in Trio tasks beside the reactor."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from iommufd_uapi import admin
+from iommufdd.errors import IommufdError
+
+from .census import counts, tree
+from .credentials import parse_caps, set_capabilities
+
+if TYPE_CHECKING:
+    import socket
+
+    from .channel import Channel
+    from .serve import Server
+
+MAX_CLIENTS = 16
+PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
+
+
+async def serve_admin(server: Server, sock: socket.socket) -> None:
+    """Accept on a listening socket until cancelled."""
+    sock.setblocking(False)
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    limit = trio.CapacityLimiter(MAX_CLIENTS)
+
+    async def serve_client(stream: trio.SocketStream) -> None:
+        try:
+            limit.acquire_on_behalf_of_nowait(stream)
+        except trio.WouldBlock:
+            await stream.aclose()
+            return
+        try:
+            with trio.move_on_after(PATIENCE) as scope:
+                await _converse(server, stream, scope)
+        except trio.BrokenResourceError:
+            pass
+        finally:
+            limit.release_on_behalf_of(stream)
+            await trio.aclose_forcefully(stream)
+
+    await trio.serve_listeners(serve_client, [listener])
+
+
+async def _converse(server: Server, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    buffered = b""
+    while True:
+        line, newline, rest = buffered.partition(b"\n")
+        if newline:
+            buffered = rest
+            await stream.send_all(admin.encode(answer(server, line)))
+            scope.deadline = trio.current_time() + PATIENCE
+        elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(admin.MAX_LINE)):
+            return
+        else:
+            buffered += more
+
+
+def answer(server: Server, line: bytes) -> admin.Reply:
+    """The reply to one request; whatever was closed until now is closed first."""
+    server.reactor.hang_ups()
+    try:
+        return _answer(server, admin.decode_request(line))
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        return admin.Error(errno.EINVAL, str(error))
+    except IommufdError as error:
+        return admin.Error(error.errno, error.reason)
+
+
+def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
+    match request:
+        case admin.Show():
+            return tree(server)
+        case admin.Stats():
+            return counts(server, classes=request.classes)
+        case admin.Credentials():
+            return _credentials(server, request)
+        case admin.Fault():
+            return _fault(server, request)
+
+
+def _channels(server: Server, mm: int) -> list[Channel]:
+    space = server.spaces.by_token.get(mm)
+    return [] if space is None else list(space.channels)
+
+
+def _credentials(server: Server, request: admin.Credentials) -> admin.Reply:
+    if not server.virtual_caller:
+        return admin.Error(errno.EPERM, "the daemon was started without --virtual-caller")
+    caps = None if request.caps is None else parse_caps("+".join(request.caps))
+    channels = _channels(server, request.mm)
+    for channel in channels:
+        task = channel.caller.task
+        if request.uid is not None:
+            task.user = channel.context.instance.machine.user(request.uid)
+        if caps is not None:
+            set_capabilities(task, caps)
+        if request.memlock is not None:
+            task.memlock = request.memlock
+    return admin.Done(len(channels))
+
+
+def _fault(server: Server, request: admin.Fault) -> admin.Reply:
+    gates = [channel.caller.gate for channel in _channels(server, request.mm)]
+    if request.nth is not None:
+        for gate in gates:
+            gate.arm(request.nth)
+    return admin.Gates([admin.Gate(gate.nth, gate.fired.name if gate.fired else None) for gate in gates])

@@ -1,0 +1,146 @@
+"""What is there: everything open as a tree, and everything countable as counts. Reads, changes nothing."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import os
+from typing import TYPE_CHECKING
+
+from iommufd_uapi import admin
+from iommufdd.ioas import Ioas
+from iommufdd.objects import IommufdObject
+
+from .credentials import CAPABILITIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from iommufdd.mm import RegisteredMm
+    from iommufdd.pages import Pages
+
+    from .channel import Channel
+    from .instance import Instance, OpenContext
+    from .serve import Server
+
+OWN_ROOMS = ("iommufdd.", "iommufd_uapi.")
+
+
+def counts(server: Server, *, classes: bool) -> admin.Counts:
+    """All counts; with `classes`, also live objects of our own classes, after a garbage collection."""
+    contexts = list(server.instances.contexts.values())
+    objects = [obj for context in contexts for obj in context.ctx.objects]
+    return admin.Counts(
+        instances=len(list(server.instances)),
+        contexts=len(contexts),
+        channels=len(server.channels),
+        address_spaces=len(server.spaces.by_token),
+        regions=sum(_regions(space.mm) for space in server.spaces.by_token.values()),
+        objects=len(objects),
+        objects_by_type=dict(collections.Counter(obj.type.name for obj in objects)),
+        areas=sum(len(obj.iopt.areas) for obj in objects if isinstance(obj, Ioas)),
+        pinned_pages=sum(_pinned(context) for context in contexts),
+        files=len(server.pipes.by_key),
+        page_files=len(server.page_files),
+        charged_fds=server.nofile.total,
+        open_fds=len(os.listdir("/proc/self/fd")) - 1,  # less the directory itself
+        map_entries=_map_entries(),
+        turns=server.reactor.turns,
+        classes=_classes() if classes else {},
+    )
+
+
+def tree(server: Server) -> admin.Tree:
+    """Instances, contexts, channels, files and objects."""
+    return admin.Tree([_instance(server, instance) for instance in server.instances])
+
+
+def _instance(server: Server, instance: Instance) -> admin.Instance:
+    contexts = sorted(instance.contexts, key=lambda each: each.key)
+    users = {channel.caller.task.user for channel in _channels(server, contexts)}
+    users |= {pages.user for context in contexts for pages in _pages(context)}
+    return admin.Instance(
+        instance.machine.name,
+        [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
+        [_context(server, context) for context in contexts],
+    )
+
+
+def _context(server: Server, context: OpenContext) -> admin.Context:
+    ctx = context.ctx
+    return admin.Context(
+        inode=context.key[1],
+        refs=ctx.refs,
+        account_mode=ctx.account_mode.name.lower(),
+        channels=[_channel(each) for each in _channels(server, [context])],
+        files=sorted(str(pipe.file) for pipe in server.pipes.by_key.values() if pipe.context is context),
+        pinned_pages=_pinned(context),
+        objects=[_object(obj) for obj in ctx.objects],
+    )
+
+
+def _channels(server: Server, contexts: list[OpenContext]) -> list[Channel]:
+    found = [channel for channel in server.channels if channel.joined and channel.context in contexts]
+    return sorted(found, key=lambda channel: channel.fd)
+
+
+def _channel(channel: Channel) -> admin.Channel:
+    task, mm = channel.caller.task, channel.caller.mm
+    caps = {name for name in CAPABILITIES if getattr(task, name.lower())}
+    return admin.Channel(
+        pid=channel.peer.pid,
+        uid=task.user.uid,
+        mm=channel.space.token,
+        caps=sorted(caps),
+        memlock=task.memlock if isinstance(task.memlock, int) else task.memlock(),
+        locked_vm=mm.locked_vm,
+        pinned_vm=mm.pinned_vm,
+        regions=_regions(channel.space.mm),
+        waiting=channel.waiting,
+    )
+
+
+def _object(obj: IommufdObject) -> admin.Object:
+    areas = list(obj.iopt.areas) if isinstance(obj, Ioas) else []
+    return admin.Object(
+        id=obj.id,
+        type=obj.type.name,
+        users=obj.users,
+        holders=[str(holder) for holder in obj.holders],
+        holds=[held.id for held in obj.held],
+        areas=len(areas),
+        mapped=sum(area.length for area in areas),
+    )
+
+
+def _pinned(context: OpenContext) -> int:
+    return sum(pages.npinned for pages in _pages(context))
+
+
+def _pages(context: OpenContext) -> Iterator[Pages]:
+    """Each pages object of a context once."""
+    seen: set[int] = set()
+    for obj in context.ctx.objects:
+        for area in obj.iopt.areas if isinstance(obj, Ioas) else ():
+            if id(area.pages) not in seen:
+                seen.add(id(area.pages))
+                yield area.pages
+
+
+def _regions(mm: RegisteredMm) -> int:
+    return sum(1 for _ in mm.regions())
+
+
+def _map_entries() -> int:
+    with open("/proc/self/maps", "rb") as file:
+        return sum(1 for _ in file)
+
+
+def _classes() -> dict[str, int]:
+    gc.collect()
+    found = collections.Counter(
+        f"{type(each).__module__}.{type(each).__qualname__}"
+        for each in gc.get_objects()
+        if type(each).__module__.startswith(OWN_ROOMS)
+    )
+    return dict(sorted(found.items()))

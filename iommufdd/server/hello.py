@@ -1,0 +1,91 @@
+"""The first packet of a connection (docs/PROTOCOL.md section 2): which context, which address space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iommufd_uapi.wire import MAGIC, VERSION, Hello, HelloReply, Kind
+from iommufdd.errors import EBADF, EINVAL, ENOENT, IommufdError, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .channel import Channel
+    from .instance import OpenContext
+
+EPROTONOSUPPORT = 93  # no errno of the core
+
+
+class Refusal(Exception):
+    """A hello that is answered with an errno; then the channel is closed."""
+
+    def __init__(self, hello: Hello, errno: int, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.answer = HelloReply(kind=hello.kind, error=errno).pack()
+
+
+def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
+    """Join the channel to the context asked for; the reply. Refusal, or ProtocolError for what is no hello."""
+    if len(packet) != Hello.SIZEOF:
+        raise ProtocolError(f"a hello of {len(packet)} bytes")
+    hello = Hello.unpack(packet)
+    if hello.magic != MAGIC:
+        raise ProtocolError(f"magic {hello.magic:#x}")
+    if hello.version != VERSION:
+        raise Refusal(hello, EPROTONOSUPPORT, f"version {hello.version}")
+    try:
+        _join(channel, hello, fds)
+    except IommufdError as error:
+        raise Refusal(hello, error.errno, error.reason) from None
+    return HelloReply(kind=hello.kind, mm=channel.space.token).pack()
+
+
+def _join(channel: Channel, hello: Hello, fds: Sequence[int]) -> None:
+    server, uid = channel.server, channel.peer.uid
+    machine, device = _check(hello, fds)
+    if hello.kind == Kind.DEVICE:
+        raise ENOENT(f"there is no device {device!r}")
+    space = server.spaces.open(hello.mm, uid)
+    try:
+        channel.join(_context(channel, hello, machine, fds), space)
+    except IommufdError:
+        server.spaces.leave(space, channel)
+        raise
+
+
+def _context(channel: Channel, hello: Hello, machine: str, fds: Sequence[int]) -> OpenContext:
+    instances = channel.server.instances
+    if hello.kind == Kind.IOMMUFD:
+        return instances.open(machine, channel.peer.uid)
+    context = instances.find(fds[0])
+    context.ctx.get()
+    return context
+
+
+def _check(hello: Hello, fds: Sequence[int]) -> tuple[str, str]:
+    """The names of the machine and the device. EINVAL, EBADF."""
+    if hello.flags or hello.reserved or hello.reserved2 or hello.kind > Kind.DEVICE:
+        raise EINVAL(f"kind {hello.kind}, or a field that must be zero is not")
+    machine, device = _name(hello.machine), _name(hello.device)
+    if hello.kind == Kind.CHANNEL:
+        if not fds:
+            raise EBADF("no descriptor of a context")
+        if machine or len(fds) > 1:
+            raise EINVAL("a further channel takes one descriptor and no machine")
+    elif fds:
+        raise EINVAL("descriptors that mean nothing")
+    if device and hello.kind != Kind.DEVICE:
+        raise EINVAL("a device name that means nothing")
+    return machine, device
+
+
+def _name(field: bytes) -> str:
+    """A zero-padded name; EINVAL unless it is printable UTF-8 followed by zeros."""
+    try:
+        name = field.rstrip(b"\0").decode()
+    except UnicodeDecodeError:
+        raise EINVAL("a name that is not UTF-8") from None
+    if name and not name.isprintable():
+        raise EINVAL("a name that cannot be printed")
+    return name

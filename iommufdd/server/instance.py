@@ -1,0 +1,142 @@
+"""What is open: machine instances, contexts by their identity, and the address spaces of clients."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from iommufdd.context import Context
+from iommufdd.errors import EBADFD, EMFILE, ENOENT, EPERM
+from iommufdd.mm import RegisteredMm
+
+from .files import FileKey, Pipe, file_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from iommufdd.machine import Machine
+
+    from .channel import Channel
+    from .nofile import Nofile
+
+SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Instance:
+    """A machine and the contexts open on it."""
+
+    def __init__(self, instances: Instances, machine: Machine) -> None:
+        self.instances = instances
+        self.machine = machine
+        self.contexts: set[OpenContext] = set()
+        self.pollable: set[Pipe] = set()  # files handed out whose readiness must be shown
+
+    def show_readiness(self) -> None:
+        """After a call: it may have filled or emptied any queue of this machine."""
+        for pipe in self.pollable:
+            pipe.show()
+
+
+class OpenContext:
+    """One open /dev/iommu: the context, and the memfd whose inode is its identity."""
+
+    def __init__(self, instance: Instance, uid: int) -> None:
+        """EMFILE."""
+        self.instance = instance
+        self.uid = uid
+        instance.instances.nofile.charge(uid)
+        try:
+            self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:
+            instance.instances.nofile.uncharge(uid)
+            raise EMFILE("the daemon has no descriptor left") from None
+        fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED)
+        self.key = file_key(self.identity)
+        self.ctx = Context(instance.machine)
+        instance.contexts.add(self)
+        instance.instances.contexts[self.key] = self
+
+    def settle(self) -> None:
+        """After a put(): forget the context if that was the last one."""
+        if self.ctx.refs == 0 and self.identity >= 0:
+            os.close(self.identity)
+            self.identity = -1
+            self.instance.instances.nofile.uncharge(self.uid)
+            self.instance.instances.forget(self)
+
+
+class Instances:
+    """All machine instances and contexts of the daemon."""
+
+    def __init__(self, new_machine: Callable[[str], Machine], nofile: Nofile) -> None:
+        self.nofile = nofile
+        self.contexts: dict[FileKey, OpenContext] = {}
+        self._new_machine = new_machine
+        self._named: dict[str, Instance] = {}
+
+    def __iter__(self) -> Iterator[Instance]:
+        """Every instance that has a context."""
+        return iter({context.instance: None for context in self.contexts.values()})
+
+    def open(self, name: str, uid: int) -> OpenContext:
+        """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
+        instance = self._named.get(name)
+        if instance is None:
+            instance = Instance(self, self._new_machine(name))
+        context = OpenContext(instance, uid)
+        if name:
+            self._named[name] = instance
+        return context
+
+    def find(self, fd: int) -> OpenContext:
+        """The context that a descriptor identifies; EBADFD."""
+        context = self.contexts.get(file_key(fd))
+        if context is None:
+            raise EBADFD("the descriptor is no context, or its context is closed")
+        return context
+
+    def forget(self, context: OpenContext) -> None:
+        """A context is gone, and its machine with the last one."""
+        instance = context.instance
+        del self.contexts[context.key]
+        instance.contexts.discard(context)
+        if not instance.contexts and self._named.get(instance.machine.name) is instance:
+            del self._named[instance.machine.name]
+
+
+class AddressSpace:
+    """An mm that channels share, and the number that names it in a hello."""
+
+    def __init__(self, uid: int) -> None:
+        self.token = secrets.randbits(63) + 1
+        self.uid = uid
+        self.mm = RegisteredMm()
+        self.channels: set[Channel] = set()
+
+
+class AddressSpaces:
+    """The mm of every client, by token."""
+
+    def __init__(self) -> None:
+        self.by_token: dict[int, AddressSpace] = {}
+
+    def open(self, token: int, uid: int) -> AddressSpace:
+        """A new one for 0. ENOENT, EPERM when it belongs to another uid."""
+        if not token:
+            space = AddressSpace(uid)
+            self.by_token[space.token] = space
+            return space
+        found = self.by_token.get(token)
+        if found is None:
+            raise ENOENT(f"there is no address space {token:#x}")
+        if found.uid != uid:
+            raise EPERM("the address space belongs to another uid")
+        return found
+
+    def leave(self, space: AddressSpace, channel: Channel) -> None:
+        """A channel closes; the last one takes the address space along (exit_mmap)."""
+        space.channels.discard(channel)
+        if not space.channels and self.by_token.pop(space.token, None) is not None:
+            space.mm.exit()

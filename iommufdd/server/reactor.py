@@ -1,0 +1,108 @@
+"""One Trio task that owns an epoll instance with every channel, listener and pipe of the daemon.
+
+Waiting in Trio for each channel costs more than the work it waits for; so the channels are plain objects, called when
+their descriptor is ready, and Trio sees a single descriptor. Other tasks (signals, the admin socket) get their turn at
+least every few milliseconds.
+
+What makes close() exact: a batch of epoll events holds everything that has happened until then. Hang-ups in it are
+handled before requests, and each channel handles one packet a batch; so whoever has seen its close() return, and then
+sends a request, finds the close done.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+if TYPE_CHECKING:
+    from .files import Pipes
+
+HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+CHECKPOINT_INTERVAL = 0.002  # seconds between turns of other tasks, while requests keep coming
+
+
+class Source(Protocol):
+    """Something with a descriptor in the reactor."""
+
+    def ready(self, mask: int) -> None:
+        """epoll says so; never raises, never waits."""
+        ...
+
+
+class Reactor:
+    """The loop. `linger`: seconds to sleep in epoll after some work before waiting through Trio, which takes longer
+    to wake up; at most one millisecond makes sense, since other tasks wait meanwhile. `spin`: seconds to poll first.
+    """
+
+    def __init__(self, pipes: Pipes, linger: float, spin: float) -> None:
+        self.linger = linger
+        self.spin = spin
+        self.turns = 0  # batches handled
+        self._epoll = select.epoll()
+        self._sources: dict[int, Source] = {}
+        self._pipes = pipes
+        self._closers = pipes.closers.fileno()
+        self.register(self._closers, pipes, select.EPOLLIN)
+
+    def register(self, fd: int, source: Source, events: int) -> None:
+        self._sources[fd] = source
+        self._epoll.register(fd, events)
+
+    def modify(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        del self._sources[fd]
+        self._epoll.unregister(fd)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+        while True:
+            events = self._poll()
+            if not events:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                events = self._epoll.poll(0, len(self._sources))
+                checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+            self._dispatch(events)
+            if time.monotonic() > checkpoint_at:
+                await trio.lowlevel.checkpoint()
+                checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+
+    def hang_ups(self) -> None:
+        """Handle what has been closed until now, and no requests: before others look at what is open."""
+        while True:
+            before = len(self._sources)
+            events = [each for each in self._epoll.poll(0, before) if self._rank(each) < 2]
+            self._dispatch(events)
+            if not events or len(self._sources) == before:
+                return
+
+    def close(self) -> None:
+        self._epoll.close()
+
+    def _poll(self) -> list[tuple[int, int]]:
+        """What is ready, or becomes ready very soon."""
+        if self.spin:
+            until = time.monotonic() + self.spin
+            while time.monotonic() < until:
+                if events := self._epoll.poll(0, len(self._sources)):
+                    return events
+        return self._epoll.poll(self.linger, len(self._sources))
+
+    def _dispatch(self, events: list[tuple[int, int]]) -> None:
+        self.turns += 1
+        if len(events) > 1:
+            events.sort(key=self._rank)  # stable: among equals, the order in which they became ready
+        sources = self._sources
+        for fd, mask in events:
+            source = sources.get(fd)
+            if source is not None:  # else closed by an earlier event of this batch
+                source.ready(mask)
+
+    def _rank(self, event: tuple[int, int]) -> int:
+        fd, mask = event
+        return 0 if fd == self._closers else 1 if mask & HUNG_UP else 2

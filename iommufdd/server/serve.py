@@ -1,0 +1,118 @@
+"""The running daemon: everything that is open, and the task that serves it until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from logging import INFO
+from typing import TYPE_CHECKING
+
+import trio
+
+from iommufd_uapi.wire import MAX_PACKET
+
+from . import credentials, log
+from .files import Pipes
+from .instance import AddressSpaces, Instances
+from .listener import Listener, SocketFile, adopt, is_listening, notify
+from .memory import PageFiles
+from .nofile import Nofile
+from .packet import TAIL
+from .reactor import Reactor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from iommufdd.machine import Machine
+    from iommufdd.user import Task
+
+    from .channel import Channel
+
+LINGER = 0.001  # seconds; see Reactor
+
+
+class Server:
+    """All that is open in one daemon. Has no task of its own: `reactor.run()` drives it."""
+
+    def __init__(
+        self,
+        new_machine: Callable[[str], Machine],
+        *,
+        virtual: credentials.Virtual = credentials.OWN,
+        virtual_caller: bool = False,
+        linger: float = LINGER,
+        spin: float = 0.0,
+        nofile: int | None = None,
+    ) -> None:
+        self.virtual = virtual
+        self.virtual_caller = virtual_caller  # the admin socket may set credentials
+        self.nofile = Nofile(nofile)
+        self.page_files = PageFiles(self.nofile)
+        self.pipes = Pipes(self.nofile)
+        self.instances = Instances(new_machine, self.nofile)
+        self.spaces = AddressSpaces()
+        self.reactor = Reactor(self.pipes, linger, spin)
+        self.channels: set[Channel] = set()
+        self.listeners: list[Listener] = []
+        self.socket_files: list[SocketFile] = []
+        self.ratelimit = log.Ratelimit()
+        self.idle = trio.Event()  # set when the last channel has closed, anew for each wait
+        # What is received lies here; one buffer serves all channels, since each packet is handled at once.
+        self.view = memoryview(bytearray(MAX_PACKET + TAIL))
+        self.target = (self.view[:MAX_PACKET],)
+
+    def listen(self, sock: socket.socket) -> None:
+        """Serve a listening socket, or the one connection that a connected socket is."""
+        if is_listening(sock):
+            self.listeners.append(Listener(self, sock))
+        else:
+            adopt(self, sock)
+
+    def task_of(self, channel: Channel, machine: Machine) -> Task:
+        """Credentials of a channel's peer."""
+        return credentials.task_of(channel.sock, channel.peer, machine, self.virtual)
+
+    def channel_closed(self) -> None:
+        if not self.channels:
+            self.idle.set()
+
+    def close(self) -> None:
+        """Stop listening, hang up on everybody, and let go of everything."""
+        for file in self.socket_files:
+            file.unlink()
+        for listener in self.listeners:
+            listener.close()
+        for channel in list(self.channels):
+            channel.close("shutdown")
+        self.reactor.close()
+        self.pipes.close()
+        self.page_files.close()
+
+
+async def run(server: Server, *, admin: socket.socket | None = None, terminate: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT; with `terminate`, until the last client has left. Tells systemd."""
+    from .admin import serve_admin
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.reactor.run)
+            if admin is not None:
+                nursery.start_soon(serve_admin, server, admin)
+            if terminate:
+                nursery.start_soon(_stop_when_idle, server, nursery.cancel_scope)
+            notify(f"READY=1\nSTATUS=Serving\nMAINPID={os.getpid()}")
+            log.event(INFO, "ready", listeners=len(server.listeners))
+            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
+    notify("STOPPING=1\nSTATUS=Stopping")
+    log.event(INFO, "stopped")
+
+
+async def _stop_when_idle(server: Server, scope: trio.CancelScope) -> None:
+    await server.idle.wait()
+    scope.cancel()
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()

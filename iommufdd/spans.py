@@ -1,0 +1,211 @@
+"""Interval structures over integers, ends included: what interval_tree.h gives the kernel.
+
+`SpanSet` keeps few, possibly overlapping spans (reserved and allowed IOVA); `UseCounts` counts how often each page
+index of a range is in use; `AreaTree` keeps many spans that never overlap.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+
+from sortedcontainers import SortedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+class Span(NamedTuple):
+    """[start, last] of somebody."""
+
+    start: int
+    last: int
+    owner: object = None
+
+
+class SpanSet:
+    """Spans in order of their start; they may overlap. Built rarely, asked often."""
+
+    def __init__(self, spans: Iterable[Span] = ()) -> None:
+        self._spans: list[Span] = sorted(spans, key=_order)
+        self._starts: list[int] = []  # of the merged stretches
+        self._lasts: list[int] = []
+        self._merge()
+
+    def __bool__(self) -> bool:
+        return bool(self._spans)
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self._spans)
+
+    def add(self, span: Span) -> None:
+        insort(self._spans, span, key=_order)
+        self._merge()
+
+    def drop_owner(self, owner: object) -> None:
+        self._spans = [span for span in self._spans if span.owner is not owner]
+        self._merge()
+
+    def _merge(self) -> None:
+        """Overlapping and adjacent spans make one stretch."""
+        self._starts, self._lasts = [], []
+        for span in self._spans:
+            if self._lasts and span.start <= self._lasts[-1] + 1:
+                self._lasts[-1] = max(self._lasts[-1], span.last)
+            else:
+                self._starts.append(span.start)
+                self._lasts.append(span.last)
+
+    def first(self, start: int, last: int) -> tuple[int, int] | None:
+        """The first used stretch that touches [start, last]."""
+        at = bisect_left(self._lasts, start)
+        if at == len(self._lasts) or self._starts[at] > last:
+            return None
+        return self._starts[at], self._lasts[at]
+
+    def merged(self, start: int, last: int) -> Iterator[tuple[int, int]]:
+        """Used stretches, cut to [start, last]; adjacent spans are one (interval_tree_for_each_span)."""
+        for at in range(bisect_left(self._lasts, start), len(self._starts)):
+            if self._starts[at] > last:
+                return
+            yield max(self._starts[at], start), min(self._lasts[at], last)
+
+    def holes(self, start: int, last: int) -> Iterator[tuple[int, int]]:
+        """The complement of merged() within [start, last]."""
+        at = start
+        for lo, hi in self.merged(start, last):
+            if at < lo:
+                yield at, lo - 1
+            at = hi + 1
+        if at <= last:
+            yield at, last
+
+
+def _order(span: Span) -> tuple[int, int]:
+    return span.start, span.last
+
+
+class UseCounts:
+    """How many users each index has, as steps: the count from one edge up to the next."""
+
+    __slots__ = ("_steps",)
+
+    def __init__(self) -> None:
+        self._steps: SortedDict[int, int] = SortedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, first: int, last: int) -> list[tuple[int, int]]:
+        """One user more for [first, last]; the stretches that had none before."""
+        return self._change(first, last, 1, 0)
+
+    def remove(self, first: int, last: int) -> list[tuple[int, int]]:
+        """One user less; the stretches that have none now."""
+        return self._change(first, last, -1, 1)
+
+    def unused(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The stretches of [first, last] without any user."""
+        return self._change(first, last, 0, 0)
+
+    def counts(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """[first, last] in stretches of equal count: (from, to, count)."""
+        at = self._steps.bisect_right(first) - 1
+        count = self._steps.peekitem(at)[1] if at >= 0 else 0
+        for edge in list(self._steps.irange(first + 1, last)):
+            yield first, edge - 1, count
+            first, count = edge, self._steps[edge]
+        yield first, last, count
+
+    def _change(self, first: int, last: int, by: int, watch: int) -> list[tuple[int, int]]:
+        """Add `by` to every index; the stretches whose count was `watch` before."""
+        steps = self._steps
+        if by:
+            self._cut(first)
+            self._cut(last + 1)
+        found: list[tuple[int, int]] = []
+        before = steps.bisect_right(first) - 1
+        at, count = first, steps.peekitem(before)[1] if before >= 0 else 0
+        edges = list(steps.irange(first + 1, last)) if by == 0 else list(steps.irange(first, last))
+        for edge in [*edges, last + 1]:
+            if edge > at and count == watch:
+                if found and found[-1][1] == at - 1:
+                    found[-1] = (found[-1][0], edge - 1)
+                else:
+                    found.append((at, edge - 1))
+            at = edge
+            count = steps.get(edge, 0) if edge <= last else 0
+        if by:
+            for edge in edges:
+                steps[edge] += by
+            for edge in (*edges, last + 1):
+                self._join(edge)
+        return found
+
+    def _cut(self, at: int) -> None:
+        """Make `at` an edge."""
+        if at not in self._steps:
+            before = self._steps.bisect_left(at) - 1
+            self._steps[at] = self._steps.peekitem(before)[1] if before >= 0 else 0
+
+    def _join(self, edge: int) -> None:
+        """Drop an edge that separates equal counts."""
+        before = self._steps.bisect_left(edge) - 1
+        if self._steps.get(edge) == (self._steps.peekitem(before)[1] if before >= 0 else 0):
+            del self._steps[edge]
+
+
+class HasSpan(Protocol):
+    """What an AreaTree keeps."""
+
+    @property
+    def iova(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+
+A = TypeVar("A", bound=HasSpan)
+
+
+class AreaTree(Generic[A]):
+    """Spans that never overlap, by start: insert and find in about a microsecond up to a million."""
+
+    __slots__ = ("_areas",)
+
+    def __init__(self) -> None:
+        self._areas: SortedDict[int, A] = SortedDict()
+
+    def __len__(self) -> int:
+        return len(self._areas)
+
+    def __iter__(self) -> Iterator[A]:
+        return iter(self._areas.values())
+
+    def insert(self, area: A) -> None:
+        self._areas[area.iova] = area
+
+    def remove(self, area: A) -> None:
+        del self._areas[area.iova]
+
+    def first(self, start: int, last: int) -> A | None:
+        """The first area that touches [start, last] (interval_tree_iter_first)."""
+        areas = self._areas
+        area: A | None = areas.get(start)
+        if area is not None:
+            return area
+        at = areas.bisect_right(start)
+        if at:
+            area = areas.peekitem(at - 1)[1]
+            if area.last >= start:
+                return area
+        if at < len(areas):
+            area = areas.peekitem(at)[1]
+            if area.iova <= last:
+                return area
+        return None
+
+    def next(self, area: A) -> A | None:
+        """The area behind this one."""
+        at = self._areas.bisect_right(area.iova)
+        return self._areas.peekitem(at)[1] if at < len(self._areas) else None

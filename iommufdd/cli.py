@@ -1,4 +1,4 @@
-"""The command `iommufdd`: options, logging, sockets, the way out. What takes time to import waits until needed."""
+"""The command `iommufdd`: options, logging, sockets, the way out. Slow imports wait until needed."""
 
 from __future__ import annotations
 
@@ -72,10 +72,12 @@ def capabilities() -> dict[str, object]:
     from iommufd_uapi import wire
     from iommufd_uapi.iommufd import IOCTLS
     from iommufd_uapi.iommufd_test import TestCmd
+    from iommufd_uapi.layout import Ioctl
 
     from .context import IOCTL_OPS
 
-    macros = {struct.CMD: struct.MACRO for struct in (*IOCTLS, TestCmd)}
+    structs: tuple[type[Ioctl], ...] = (*IOCTLS, TestCmd)
+    macros = {struct.CMD: struct.MACRO for struct in structs}
     return {
         "version": __version__,
         "protocol": wire.VERSION,
@@ -103,27 +105,35 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sockets = parser.add_argument_group("where to listen")
-    sockets.add_argument("--socket-path", metavar="PATH", help="make and listen at this socket; a dead one there is replaced")
+    sockets.add_argument(
+        "--socket-path", metavar="PATH", help="make and listen at this socket; a dead one there is replaced"
+    )
     sockets.add_argument("--fd", type=int, action="append", default=[], metavar="N", help="serve this inherited socket")
     sockets.add_argument(
-        "--admin-socket", metavar="PATH", help="admin socket (default: the socket path with .admin; '' for none)"
+        "--admin-socket",
+        metavar="PATH",
+        help="admin socket (default: the socket path with .admin; '' for none)",
     )
     sockets.add_argument("--mode", type=_mode, default=0o660, metavar="OCTAL", help="mode of the socket (default 0660)")
     sockets.add_argument("--terminate", action="store_true", help="exit when the last client has left")
     callers = parser.add_argument_group("who the callers are")
     callers.add_argument("--caller", type=_caller, metavar="SPEC", help="credentials of every caller, see below")
     callers.add_argument(
-        "--virtual-caller", action="store_true", help="let the admin socket set credentials of an address space"
+        "--virtual-caller",
+        action="store_true",
+        help="let the admin socket set credentials of an address space",
     )
     output = parser.add_argument_group("output and tuning")
-    output.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
+    output.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
     output.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
     output.add_argument(
         "--spin-us",
         type=_microseconds,
         default=0,
         metavar="N",
-        help="look for requests this long before sleeping: saves wake-ups where clients run on other CPUs (default 0)",
+        help="look for requests this long before sleeping, where clients run on other CPUs (default 0)",
     )
     output.add_argument("--print-capabilities", action="store_true", help="print JSON and exit")
     output.add_argument("--version", action="version", version=f"iommufdd {__version__}")
@@ -173,7 +183,9 @@ def _serve(args: argparse.Namespace) -> int:
     from .server.serve import Server, run
     from .wiring import new_machine
 
-    server = Server(new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6)
+    server = Server(
+        new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6
+    )
     try:
         admin = _open_sockets(server, args)
         gc.freeze()  # what the imports made is never garbage

@@ -8,7 +8,7 @@ import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.iommufd_test import TestCmd
 from iommufd_uapi.layout import Ioctl
 
-from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, vfio_compat, viommu
+from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, veventq, vfio_compat, viommu
 from .change_process import ioas_change_process
 from .device import IommufdGroup, get_hw_info
 from .errors import EINVAL, ENOTTY, IommufdError
@@ -67,7 +67,7 @@ IOCTL_OPS: tuple[IoctlOp[Any], ...] = (
     IoctlOp(uapi.ViommuAlloc, viommu.viommu_alloc),
     IoctlOp(uapi.VdeviceAlloc, viommu.vdevice_alloc),
     IoctlOp(uapi.IoasChangeProcess, ioas_change_process),
-    IoctlOp(uapi.VeventqAlloc, eventq.veventq_alloc),
+    IoctlOp(uapi.VeventqAlloc, veventq.veventq_alloc),
     IoctlOp(uapi.HwQueueAlloc, viommu.hw_queue_alloc),
     IoctlOp(TestCmd, selftest.test),
 )

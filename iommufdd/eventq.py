@@ -1,4 +1,4 @@
-"""Event queues: the fault queue and the vEVENTQ, and the files they are read through (eventq.c).
+"""Event queues and the files they are read through; the fault queue (eventq.c).
 
 Queues are pull: a record can be withdrawn on detach and its cookie is made when it is read. The file only tells that
 its poll mask may have changed; whoever shows it to a process asks poll().
@@ -9,11 +9,11 @@ from __future__ import annotations
 import heapq
 import select
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
 
-from .errors import EEXIST, EFAULT, EINVAL, EOPNOTSUPP, ESPIPE, IommufdError
+from .errors import EFAULT, EINVAL, EOPNOTSUPP, ESPIPE, IommufdError
 from .objects import Holder, IommufdObject, ObjectType
 from .user import File, Gate
 
@@ -22,17 +22,15 @@ if TYPE_CHECKING:
     from .iommu.group import AttachHandle, IopfGroup
     from .ucmd import Ucmd
     from .user import Caller
-    from .viommu import Viommu
 
 IN = select.POLLIN | select.POLLRDNORM
-VEVENTQ_MAX_DEPTH = 1 << 19
 RESP_INVALID = uapi.IOMMUFD_PAGE_RESP_INVALID
 
 
 class EventqFile(File, Holder):
     """The file of a queue: it holds the queue, and keeps the context alive."""
 
-    def __init__(self, ictx: Context, eventq: Fault | Veventq) -> None:
+    def __init__(self, ictx: Context, eventq: Eventq) -> None:
         Holder.__init__(self)
         self.refs = 1
         self.ictx = ictx
@@ -64,6 +62,14 @@ class Eventq(IommufdObject):
     """struct iommufd_eventq"""
 
     file: EventqFile | None = None
+
+    def read(self, caller: Caller, addr: int, count: int) -> int:
+        """Whole records to addr; the bytes copied."""
+        raise NotImplementedError
+
+    def write(self, caller: Caller, addr: int, count: int) -> int:
+        """Responses from addr; the bytes taken."""
+        raise NotImplementedError
 
     def poll(self) -> int:
         """The poll(2) mask of the queue's file (iommufd_eventq_fops_poll)."""
@@ -188,109 +194,16 @@ class Fault(Eventq):
         return select.POLLOUT | (IN if self.deliver else 0)
 
 
-class Vevent(NamedTuple):
-    """struct iommufd_vevent; the single lost-events marker has no data."""
-
-    flags: int
-    sequence: int
-    data: bytes
-
-    def pack(self) -> bytes:
-        return uapi.IommufdVeventHeader(self.flags, self.sequence).pack() + self.data
-
-
-class Veventq(Eventq):
-    """struct iommufd_veventq: events of one type for one vIOMMU; `depth` bounds those that carry data."""
-
-    type = ObjectType.VEVENTQ
-
-    def __init__(self, viommu: Viommu, event_type: int, depth: int) -> None:
-        super().__init__()
-        self.viommu = viommu
-        self.event_type = event_type
-        self.depth = depth
-        self.sequence = 0
-        self.num_events = 0
-        self.deliver: deque[Vevent] = deque()
-
-    def destroy(self) -> None:
-        if self in self.viommu.veventqs:
-            self.viommu.veventqs.remove(self)
-        super().destroy()
-
-    def report(self, data: bytes) -> None:
-        """Queue an event; when full the lost-events marker moves to the tail (iommufd_vevent_handler)."""
-        if self.deliver and self.deliver[-1].flags & uapi.IOMMU_VEVENTQ_FLAG_LOST_EVENTS:
-            self.deliver.pop()
-        if self.num_events == self.depth:
-            self.deliver.append(Vevent(uapi.IOMMU_VEVENTQ_FLAG_LOST_EVENTS, self.sequence, b""))
-        else:
-            self.deliver.append(Vevent(0, self.sequence, data))
-            self.num_events += 1
-        self.sequence = (self.sequence + 1) & 0x7FFFFFFF
-        self.changed()
-
-    def read(self, caller: Caller, addr: int, count: int) -> int:
-        """iommufd_veventq_fops_read(): whole records; EINVAL, EFAULT, ENOMEM."""
-        header = uapi.IommufdVeventHeader.SIZEOF
-        if count < header:
-            raise EINVAL(f"a count of {count} is less than a header")
-        done = 0
-        while self.deliver:
-            vevent = self.deliver[0]
-            if header > count - done:
-                break
-            if header + len(vevent.data) > count - done:
-                if not done:
-                    raise EINVAL(f"the first event is {header + len(vevent.data)} bytes")
-                break
-            try:
-                caller.gate(Gate.MEMORY)
-                caller.copy_to_user(addr + done, vevent.pack())
-            except IommufdError:
-                if not done:
-                    raise
-                break
-            self.deliver.popleft()
-            self.num_events -= bool(vevent.data)
-            done += header + len(vevent.data)
-        return done
-
-    def write(self, caller: Caller, addr: int, count: int) -> int:
-        raise EINVAL("a vEVENTQ cannot be written")
-
-    def poll(self) -> int:
-        return IN if self.deliver else 0
-
-
 def fault_alloc(ucmd: Ucmd, cmd: uapi.FaultAlloc) -> None:
     """IOMMU_FAULT_QUEUE_ALLOC: EOPNOTSUPP, ENOMEM, EMFILE, EFAULT."""
     if cmd.flags:
         raise EOPNOTSUPP(f"flags {cmd.flags:#x} are not known")
     fault = ucmd.alloc(Fault())
     cmd.out_fault_id = fault.id
-    _open(ucmd, fault, cmd, "out_fault_fd")
+    open_eventq(ucmd, fault, cmd, "out_fault_fd")
 
 
-def veventq_alloc(ucmd: Ucmd, cmd: uapi.VeventqAlloc) -> None:
-    """IOMMU_VEVENTQ_ALLOC: EOPNOTSUPP, EINVAL, ENOENT, EEXIST, ENOMEM, EMFILE, EFAULT."""
-    from .viommu import Viommu  # the vIOMMU knows its queues, and the queue its vIOMMU
-
-    if cmd.flags or cmd.reserved or cmd.type == uapi.IOMMU_VEVENTQ_TYPE_DEFAULT:
-        raise EOPNOTSUPP("flags are not known, reserved is not 0, or the type is 0")
-    if not 0 < cmd.veventq_depth <= VEVENTQ_MAX_DEPTH:
-        raise EINVAL(f"a depth of {cmd.veventq_depth} is not within 1..{VEVENTQ_MAX_DEPTH}")
-    viommu = ucmd.get(cmd.viommu_id, Viommu)
-    if viommu.find_veventq(cmd.type) is not None:
-        raise EEXIST(f"{viommu} has a vEVENTQ of type {cmd.type:#x}")
-    veventq = ucmd.alloc(Veventq(viommu, cmd.type, cmd.veventq_depth))
-    veventq.hold(viommu)
-    viommu.veventqs.append(veventq)
-    cmd.out_veventq_id = veventq.id
-    _open(ucmd, veventq, cmd, "out_veventq_fd")
-
-
-def _open(ucmd: Ucmd, eventq: Fault | Veventq, cmd: uapi.FaultAlloc | uapi.VeventqAlloc, field: str) -> None:
+def open_eventq(ucmd: Ucmd, eventq: Eventq, cmd: uapi.FaultAlloc | uapi.VeventqAlloc, field: str) -> None:
     """iommufd_eventq_init() and the answer: a file, its number, then the struct; undone in turn."""
     caller = ucmd.caller
     caller.gate(Gate.MEMORY)

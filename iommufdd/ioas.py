@@ -125,7 +125,10 @@ def _map(ucmd: Ucmd, ioas: Ioas, pages: Pages, offset: int, length: int, iova: i
 
 
 def ioas_map(ucmd: Ucmd, cmd: uapi.IoasMap) -> None:
-    """IOMMU_IOAS_MAP: EOPNOTSUPP, EOVERFLOW, EINVAL, ENOENT, EEXIST, ENOSPC, EFAULT, ENOMEM. Stays when the answer fails."""
+    """IOMMU_IOAS_MAP: EOPNOTSUPP, EOVERFLOW, EINVAL, ENOENT, EEXIST, ENOSPC, EFAULT, ENOMEM.
+
+    The mapping stays when the answer cannot be written.
+    """
     if cmd.flags & ~MAP_FLAGS or cmd.reserved:
         raise EOPNOTSUPP(f"flags {cmd.flags:#x} are not known or reserved is not 0")
     _check_map(cmd.flags, cmd.iova, cmd.length)

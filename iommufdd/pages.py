@@ -54,8 +54,21 @@ class Pages:
     `refs` counts areas and lists in flight. `start` is the page-aligned address (or position in the file) of page 0.
     """
 
-    __slots__ = ("access_users", "account", "mm", "npages", "npinned", "last_npinned", "pinned", "refs", "start",
-                 "task", "use", "user", "writable")  # fmt: skip
+    __slots__ = (
+        "access_users",
+        "account",
+        "last_npinned",
+        "mm",
+        "npages",
+        "npinned",
+        "pinned",
+        "refs",
+        "start",
+        "task",
+        "use",
+        "user",
+        "writable",
+    )  # fmt: skip
 
     def __init__(self, caller: Caller, start: int, length: int, *, writable: bool) -> None:
         """iopt_alloc_pages(). EINVAL for a length that is 0 or cannot be rounded to pages."""

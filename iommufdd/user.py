@@ -24,29 +24,25 @@ ULONG_MAX = 2**64 - 1
 
 
 class Gate(enum.Enum):
-    """Kinds of acquisition that can be made to fail, with the errno the kernel gives there."""
+    """Kinds of acquisition that can be made to fail: what is acquired, and the errno the kernel gives there."""
 
-    OBJECT = ENOMEM  # an object and its id: _iommufd_object_alloc()
-    LOOKUP = ENOENT  # iommufd_get_object()
-    COPY_IN = EFAULT  # copy_from_user()
-    COPY_OUT = EFAULT  # copy_to_user()
-    MEMORY = ENOMEM  # any other allocation on the caller's behalf
-    PIN = EFAULT  # pfn_reader_user_pin(), iopt_pages_rw_page()
-    CHARGE = ENOMEM  # pfn_reader_user_update_pinned()
-    RESERVE = EINVAL  # iopt_table_enforce_dev_resv_regions()
-    DOMAIN = ENOMEM  # domain_alloc_*()
-    ATTACH = ENOMEM  # the handle of an attachment
-    FD = EMFILE  # get_unused_fd_flags(), anon_inode_getfile()
-    MMAP = ENOMEM  # a mapping of device registers
+    OBJECT = "object", ENOMEM  # an object and its id: _iommufd_object_alloc()
+    LOOKUP = "lookup", ENOENT  # iommufd_get_object()
+    COPY_IN = "copy_in", EFAULT  # copy_from_user()
+    COPY_OUT = "copy_out", EFAULT  # copy_to_user()
+    MEMORY = "memory", ENOMEM  # any other allocation on the caller's behalf
+    PIN = "pin", EFAULT  # pfn_reader_user_pin(), iopt_pages_rw_page()
+    CHARGE = "charge", ENOMEM  # pfn_reader_user_update_pinned()
+    RESERVE = "reserve", EINVAL  # iopt_table_enforce_dev_resv_regions()
+    DOMAIN = "domain", ENOMEM  # domain_alloc_*()
+    ATTACH = "attach", ENOMEM  # the handle of an attachment
+    FD = "fd", EMFILE  # get_unused_fd_flags(), anon_inode_getfile()
+    MMAP = "mmap", ENOMEM  # a mapping of device registers
 
-    # The values repeat, so members are told apart by name and not by value.
-    def __new__(cls, error: type[IommufdError]) -> Gate:
-        member = object.__new__(cls)
-        member._value_ = len(cls.__members__)
-        member.error = error
-        return member
-
-    error: type[IommufdError]
+    @property
+    def error(self) -> type[IommufdError]:
+        error: type[IommufdError] = self.value[1]
+        return error
 
 
 class FaultGate:

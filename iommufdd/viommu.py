@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .context import Context
-    from .eventq import Veventq
     from .iommu.ops import Device, HwQueuePort, IommuOps
     from .mmap import MmapRegion
     from .ucmd import Ucmd
     from .user import Caller, PageRun
+    from .veventq import Veventq
 
 
 class Viommu(NestingParent):
@@ -170,7 +171,7 @@ def _whole_pages(iova: int, length: int) -> tuple[int, int]:
 
 
 def _consecutive(runs: list[PageRun]) -> bool:
-    return all(b.file is a.file and b.page == a.page + a.npages for a, b in zip(runs, runs[1:], strict=False))
+    return all(b.file is a.file and b.page == a.page + a.npages for a, b in itertools.pairwise(runs))
 
 
 def viommu_alloc(ucmd: Ucmd, cmd: uapi.ViommuAlloc) -> None:
@@ -213,7 +214,7 @@ def vdevice_alloc(ucmd: Ucmd, cmd: uapi.VdeviceAlloc) -> None:
 
 
 def hw_queue_alloc(ucmd: Ucmd, cmd: uapi.HwQueueAlloc) -> None:
-    """IOMMU_HW_QUEUE_ALLOC: EOPNOTSUPP, EINVAL, EOVERFLOW, ENOENT, ERANGE, EFAULT, what pinning raises, the driver's."""
+    """IOMMU_HW_QUEUE_ALLOC: EOPNOTSUPP, EINVAL, EOVERFLOW, ENOENT, ERANGE, what pinning raises, the driver's."""
     if cmd.flags or cmd.type == uapi.IOMMU_HW_QUEUE_TYPE_DEFAULT:
         raise EOPNOTSUPP("flags are not known, or the type is 0")
     if not cmd.length:

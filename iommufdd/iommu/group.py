@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
-from ..errors import EBUSY, EINVAL, EOPNOTSUPP, EPERM, IommufdError
+from iommufdd.errors import EBUSY, EINVAL, EOPNOTSUPP, EPERM, IommufdError
+
 from .ops import IOMMU_NO_PASID, Device, Domain, DomainType, PasidDomain
 
 if TYPE_CHECKING:
@@ -15,12 +16,18 @@ IOMMU_PAGE_RESP_SUCCESS = 0
 IOMMU_PAGE_RESP_INVALID = 1
 
 
+class Owner(Protocol):
+    """The bound device an attachment was made for."""
+
+    id: int
+
+
 class AttachHandle:
     """struct iommu_attach_handle: which domain a (group, PASID) uses, and on whose behalf."""
 
     __slots__ = ("domain", "idev")
 
-    def __init__(self, domain: Domain, idev: Any) -> None:
+    def __init__(self, domain: Domain, idev: Owner) -> None:
         self.domain = domain
         self.idev = idev
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
+from iommufdd.errors import EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
+from iommufdd.user import PAGE_SIZE
+from iommufdd.user_data import UserData, UserDataArray
 
-from ..errors import EINVAL, ENOENT, ENOMEM, EOPNOTSUPP
-from ..user import PAGE_SIZE
-from ..user_data import UserData, UserDataArray
 from .dirty import DirtyBits
-from .group import Iopf, IommuGroup
-from .mock_viommu import MockViommu
+from .group import IommuGroup, Iopf
+from .mock_viommu import MockViommu, invalidate
 from .ops import Cap, Device, Domain, DomainType, ViommuPort
 from .selftest_ops import SelftestDevice
 
@@ -123,18 +123,6 @@ class MockNested(MockDomain):
             )
             invalidate(self.iotlb, entry.flags, entry.iotlb_id)
             array.entry_num = at + 1
-
-
-def invalidate(cache: list[int], flags: int, index: int) -> None:
-    """Zero one entry, or all of them with IOMMU_TEST_INVALIDATE_FLAG_ALL: EOPNOTSUPP, EINVAL."""
-    if flags & ~test_uapi.IOMMU_TEST_INVALIDATE_FLAG_ALL:
-        raise EOPNOTSUPP(f"invalidation flags {flags:#x} are not known")
-    if index >= len(cache):
-        raise EINVAL(f"there is no cache entry {index}")
-    if flags & test_uapi.IOMMU_TEST_INVALIDATE_FLAG_ALL:
-        cache[:] = [0] * len(cache)
-    else:
-        cache[index] = 0
 
 
 class MockIommu:

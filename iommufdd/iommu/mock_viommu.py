@@ -6,19 +6,33 @@ from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
+from iommufdd.errors import EEXIST, EINVAL, EIO, EOPNOTSUPP, IommufdError
+from iommufdd.user import PAGE_SIZE
 
-from ..errors import EEXIST, EINVAL, EIO, EOPNOTSUPP, IommufdError
-from ..user import PAGE_SIZE
+from .selftest_ops import SelftestDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..user import PageRun
-    from ..user_data import UserData, UserDataArray
+    from iommufdd.user import PageRun
+    from iommufdd.user_data import UserData, UserDataArray
+
     from .ops import Domain, HwQueuePort, MmapRegion, ViommuPort
 
 MMAP_LENGTH = 2 * PAGE_SIZE
 INVALIDATE_TYPE = test_uapi.IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST
+
+
+def invalidate(cache: list[int], flags: int, index: int) -> None:
+    """Zero one entry, or all of them with IOMMU_TEST_INVALIDATE_FLAG_ALL: EOPNOTSUPP, EINVAL."""
+    if flags & ~test_uapi.IOMMU_TEST_INVALIDATE_FLAG_ALL:
+        raise EOPNOTSUPP(f"invalidation flags {flags:#x} are not known")
+    if index >= len(cache):
+        raise EINVAL(f"there is no cache entry {index}")
+    if flags & test_uapi.IOMMU_TEST_INVALIDATE_FLAG_ALL:
+        cache[:] = [0] * len(cache)
+    else:
+        cache[index] = 0
 
 
 class MockViommu:
@@ -63,8 +77,6 @@ class MockViommu:
 
     def cache_invalidate(self, array: UserDataArray) -> None:
         """mock_viommu_cache_invalidate(): all entries are copied before any work; EINVAL, E2BIG, EFAULT, EOPNOTSUPP."""
-        from .mock import MockDevice, invalidate  # the device cache is the mock device's
-
         if not array.entry_num and array.data_type == INVALIDATE_TYPE:
             return  # quirk: an empty array tells whether the type is known
         try:
@@ -77,7 +89,7 @@ class MockViommu:
             if entry.cache_id > test_uapi.MOCK_DEV_CACHE_ID_MAX:
                 raise EINVAL(f"there is no cache entry {entry.cache_id}")
             dev = self.core.find_dev(entry.vdev_id)
-            if not isinstance(dev, MockDevice):
+            if not isinstance(dev, SelftestDevice):
                 raise EINVAL(f"there is no vDEVICE {entry.vdev_id:#x}")
             invalidate(dev.cache, entry.flags, entry.cache_id)
             array.entry_num += 1

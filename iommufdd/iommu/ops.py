@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..user import PageRun
-    from ..user_data import UserData, UserDataArray
+    from iommufdd.user import PageRun
+    from iommufdd.user_data import UserData, UserDataArray
+
     from .group import IommuGroup, IopfGroup
 
 IOMMU_NO_PASID = 0

@@ -1,1 +1,1 @@
-"""The socket side of the daemon: listeners, channels, descriptors, credentials, admin plane. Only here is Trio."""
+"""The socket side: listeners, channels, descriptors, credentials, the admin plane. Only here is Trio."""

@@ -1,4 +1,4 @@
-"""The admin plane: JSON lines on a socket of its own (iommufd_uapi.admin), in Trio tasks beside the reactor."""
+"""The admin plane: JSON lines on its own socket (iommufd_uapi.admin), in Trio tasks beside the reactor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One connection: packets in, packets out, in turns (docs/PROTOCOL.md). An object in the reactor, never waiting."""
+"""One connection: packets in, packets out, in turns (docs/PROTOCOL.md). An object in the reactor."""
 
 from __future__ import annotations
 
@@ -200,8 +200,6 @@ class Channel:
         finally:
             if fds:
                 files.end()  # before the reply leaves: from then on the client's close() can be the last
-        if self.context.instance.pollable:
-            self.context.instance.show_readiness()
         if files.outgoing:
             pipes = files.take()
             self._send(data, [pipe.read_fd for pipe in pipes], pipes)
@@ -224,6 +222,7 @@ class Channel:
                 reason = caller.error.reason if caller.error is not None and result < 0 else ""
             before, sent = sent, len(outgoing)
             reply(parts, result, segments, records, reason, sent - before)
+        caller.error = None  # it keeps the frames of the call alive
         return parts
 
     def _operate(self, op: int, cmd: int, segments: tuple[Segment, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Who the caller is: struct task_struct of a peer, from SO_PEERCRED and /proc, or as the one who starts us says."""
+"""Who the caller is: struct task_struct of a peer, from SO_PEERCRED and /proc, or as told at the start."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def set_capabilities(task: Task, caps: frozenset[str]) -> None:
 def capabilities(connection: socket.socket, peer: Peer) -> frozenset[str]:
     """The effective capabilities of a peer, none when in doubt.
 
-    capable() asks for rights in the initial user namespace, so those of a peer in another namespace do not count.
+    capable() asks for rights in the initial user namespace: those of a peer in another one do not count.
     """
     try:
         pidfd = struct.unpack("i", connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4))[0]
@@ -110,7 +110,7 @@ class Memlock:
 
 
 def parse_virtual(text: str) -> Virtual:
-    """`uid=1000,gid=1000,caps=ipc_lock+sys_rawio,memlock=65536`, any part left out; ValueError says what is wrong."""
+    """`uid=1000,gid=1000,caps=ipc_lock+sys_rawio,memlock=65536`, or part of it; ValueError tells what is wrong."""
     found: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
@@ -127,7 +127,9 @@ def parse_virtual(text: str) -> Virtual:
 
 def parse_caps(text: str) -> frozenset[str]:
     """`ipc_lock+sys_rawio`, with or without `cap_`, in either case; ValueError for another capability."""
-    names = frozenset("CAP_" + name.upper().removeprefix("CAP_") for name in text.split("+") if name not in ("", "none"))
+    names = frozenset(
+        "CAP_" + name.upper().removeprefix("CAP_") for name in text.split("+") if name not in ("", "none")
+    )
     if unknown := names - CAPABILITIES.keys():
         raise ValueError(f"{min(unknown)} is not one of {', '.join(CAPABILITIES)}")
     return names

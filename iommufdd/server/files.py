@@ -1,8 +1,9 @@
 """Descriptors: those a client sends with a packet, and those the daemon hands out.
 
 What the daemon hands out is the read end of a pipe; it keeps the write end. The pipe's inode says which file a
-descriptor means, whoever sends it back. When the last copy of the read end is closed, in whatever process it was, the
-write end shows EPOLLERR: the file's last descriptor is gone. A byte in the pipe makes it readable: File.poll() is true.
+descriptor means, whoever sends it back. When the last copy of the read end is closed, in whatever process, the
+write end shows EPOLLERR: the file's last descriptor is gone. A byte in the pipe makes it readable for as long as
+File.poll() says so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .nofile import Nofile
 
 FileKey = tuple[int, int, int]
+READABLE = ~(select.POLLOUT | select.POLLWRNORM)  # what a read end can show; it is never writable
 
 
 def file_key(fd: int) -> FileKey:
@@ -46,9 +48,9 @@ class Pipe:
         self.key = file_key(self.write_fd)
 
     def show(self) -> None:
-        """Make the pipe readable exactly while the file is."""
+        """Make the pipe readable exactly while the file is (File.on_change)."""
         assert self.file is not None
-        ready = self.file.poll() != 0
+        ready = bool(self.file.poll() & READABLE)
         if ready == self.shown:
             return
         self.shown = ready
@@ -94,8 +96,8 @@ class Pipes:
         pipe.file = file
         self.by_key[pipe.key] = self._by_fd[pipe.write_fd] = pipe
         self.closers.register(pipe.write_fd, 0)  # EPOLLERR is always reported
-        if type(file).poll is not File.poll:
-            pipe.context.instance.pollable.add(pipe)
+        file.on_change = pipe.show
+        pipe.show()
 
     def ready(self, mask: int) -> None:
         """Some read ends are gone: close those files. Part of the reactor's batch, before any request."""
@@ -107,7 +109,7 @@ class Pipes:
         assert pipe.file is not None
         self.closers.unregister(pipe.write_fd)
         del self.by_key[pipe.key]
-        pipe.context.instance.pollable.discard(pipe)
+        pipe.file.on_change = None
         self.release(pipe)
         pipe.file.put()
         pipe.context.settle()

@@ -26,7 +26,7 @@ class Refusal(Exception):
 
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
-    """Join the channel to the context asked for; the reply. Refusal, or ProtocolError for what is no hello."""
+    """Join the channel to the context asked for; the reply. Refusal; ProtocolError for what is no hello."""
     if len(packet) != Hello.SIZEOF:
         raise ProtocolError(f"a hello of {len(packet)} bytes")
     hello = Hello.unpack(packet)

@@ -11,7 +11,7 @@ from iommufdd.context import Context
 from iommufdd.errors import EBADFD, EMFILE, ENOENT, EPERM
 from iommufdd.mm import RegisteredMm
 
-from .files import FileKey, Pipe, file_key
+from .files import FileKey, file_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,12 +31,6 @@ class Instance:
         self.instances = instances
         self.machine = machine
         self.contexts: set[OpenContext] = set()
-        self.pollable: set[Pipe] = set()  # files handed out whose readiness must be shown
-
-    def show_readiness(self) -> None:
-        """After a call: it may have filled or emptied any queue of this machine."""
-        for pipe in self.pollable:
-            pipe.show()
 
 
 class OpenContext:

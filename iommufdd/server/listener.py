@@ -1,4 +1,4 @@
-"""Listening sockets: made here, inherited, or handed over by systemd; and the words systemd wants to hear back."""
+"""Listening sockets: made here, inherited, or handed over by systemd, and what systemd wants to hear."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Listener:
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self.server = server
         self.sock = sock
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # to be able to refuse without descriptors
+        self._spare = _spare()
         sock.setblocking(False)
         server.reactor.register(sock.fileno(), self, select.EPOLLIN)
 
@@ -53,7 +53,7 @@ class Listener:
             adopt(self.server, connection)
 
     def _refuse_without_descriptor(self) -> bool:
-        """Every descriptor is taken: accept with the spare one and hang up, else the peer would wait for ever."""
+        """Every descriptor is taken: accept with the spare one and hang up, or the peer would wait for ever."""
         os.close(self._spare)
         try:
             connection, _ = self.sock.accept()
@@ -61,7 +61,7 @@ class Listener:
         except OSError:
             return False
         finally:
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._spare = _spare()
         return True
 
     def close(self) -> None:
@@ -189,6 +189,11 @@ def notify(state: str) -> None:
             sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
         except OSError as error:
             log.event(WARNING, "notify-failed", why=error.strerror)
+
+
+def _spare() -> int:
+    """A descriptor to be given up when there is no other."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _inode(path: str) -> tuple[int, int] | None:

@@ -1,11 +1,12 @@
 """Files of clients: the pages behind registered memory and MAP_FILE, and the scratch file of a channel.
 
-A page's identity is the PageFile object, so there is one per inode: `PageFiles` finds it by (st_dev, st_ino). Only
-shmem and hugetlbfs files have pages here; they answer F_GET_SEALS, others do not. Any other file could make the daemon
-wait (a disk, a FUSE mount) and cannot be pinned by the kernel either.
+A page's identity is the PageFile object, so there is one per inode: `PageFiles` finds it by (st_dev, st_ino).
+Only shmem and hugetlbfs files have pages here; they answer F_GET_SEALS, others do not. Any other file could make
+the daemon wait (a disk, a FUSE mount) and cannot be pinned by the kernel either.
 
-The daemon touches a mapping of a client's file only where no ftruncate() of the client can take the page away under
-it, which would kill the daemon with SIGBUS: on shmem with F_SEAL_SHRINK. Otherwise it calls pread() and pwrite().
+The daemon touches a mapping of a client's file only where no ftruncate() of the client can take the page away
+under it, which would kill the daemon with SIGBUS: on shmem with F_SEAL_SHRINK. Otherwise it calls pread() and
+pwrite().
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SharedFile(PageFile):
         self.refs = 1
         self.seals = seals
         self.writable = key[2]
-        self.huge = os.fstatvfs(fd).f_bsize > PAGE_SIZE
+        self.compound = os.fstatvfs(fd).f_bsize > PAGE_SIZE  # on hugetlbfs
         self._map: mmap.mmap | None = None
 
     def release(self) -> None:
@@ -69,15 +70,15 @@ class SharedFile(PageFile):
         if view is not None:
             view[pos : pos + length] = data[:length]
             return length
-        write = self.files.write_huge if self.huge else os.pwrite
+        write = self.files.write_huge if self.compound else os.pwrite
         try:
             return write(self.fd, data[:length], pos) if length else 0
         except (OSError, OverflowError, ValueError):
             return 0
 
     def _mapped(self, end: int) -> mmap.mmap | None:
-        """The whole file mapped, where that is safe and possible; again when the file has grown past `end`."""
-        if self.huge or not self.seals & fcntl.F_SEAL_SHRINK:
+        """The whole file mapped, where that is safe and possible; anew when the file has grown past `end`."""
+        if self.compound or not self.seals & fcntl.F_SEAL_SHRINK:
             return None
         if self._map is None or (end > len(self._map) and self._map.size() > len(self._map)):
             self._remap()
@@ -124,8 +125,8 @@ FileKey = tuple[int, int, bool]
 class PageFiles:
     """Every page file that something refers to, by inode.
 
-    One that came read-only is not the one that came writable: a client that was given a read-only descriptor must
-    not write through the descriptor of another.
+    One that came read-only is not the one that came writable: a client that was given a read-only descriptor
+    must not write through the descriptor of another.
     """
 
     def __init__(self, nofile: Nofile) -> None:
@@ -172,8 +173,8 @@ class PageFiles:
     def write_huge(self, fd: int, data: bytes, pos: int) -> int:
         """pwrite() for hugetlbfs, which has none: through a mapping that only the kernel touches.
 
-        preadv() into the mapping answers EFAULT where a store would raise SIGBUS: beyond the end of a file that was
-        just cut, or with no huge page left.
+        preadv() into the mapping answers EFAULT where a store would raise SIGBUS: beyond the end of a file that
+        was just cut, or with no huge page left.
         """
         if self._staging < 0:
             self._staging = os.memfd_create("iommufdd-staging", os.MFD_CLOEXEC)
@@ -181,9 +182,12 @@ class PageFiles:
         start = pos - pos % step
         os.pwrite(self._staging, data, 0)
         length = -(-(pos + len(data) - start) // step) * step  # munmap() takes whole pages only
-        with mmap.mmap(fd, length, offset=start) as view, memoryview(view) as window:
-            with window[pos - start : pos - start + len(data)] as target:
-                return os.preadv(self._staging, [target], 0)
+        with (
+            mmap.mmap(fd, length, offset=start) as view,
+            memoryview(view) as window,
+            window[pos - start : pos - start + len(data)] as target,
+        ):
+            return os.preadv(self._staging, [target], 0)
 
     def close(self) -> None:
         if self._staging >= 0:
@@ -195,7 +199,7 @@ class Scratch:
     """The scratch file of a channel: memory that requests may name by offset. All of it is mapped."""
 
     def __init__(self, fd: int) -> None:
-        """EINVAL unless it is a shmem file that can be written, cannot shrink, and is 1 byte to 1 GiB long."""
+        """EINVAL unless it is shmem, can be written, cannot shrink, and is 1 byte to 1 GiB long."""
         seals = get_seals(fd)
         if seals is None or not seals & fcntl.F_SEAL_SHRINK or os.fstatvfs(fd).f_bsize > PAGE_SIZE:
             raise EINVAL("the scratch file must be a memfd sealed with F_SEAL_SHRINK, not on hugetlbfs")

@@ -12,8 +12,8 @@ SPARE = 64  # for listeners, logs, and what a packet brings along
 class Nofile:
     """Counts the descriptors kept on behalf of each uid.
 
-    A uid may take one more as long as it has no more than are still free: the first takes at most half, the next
-    one half of the rest, and there is always something left for one who comes anew.
+    A uid may take one more as long as it has no more than are still free: the first takes at most half, the
+    next one half of the rest, and there is always something left for one who comes anew.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -25,7 +25,7 @@ class Nofile:
         """EMFILE when this uid has its share."""
         taken = self.taken.get(uid, 0)
         if taken + count > self.limit - self.total - count + 1:
-            raise EMFILE(f"uid {uid} keeps {taken} descriptors open in the daemon, and {self.total} of {self.limit} are taken")
+            raise EMFILE(f"uid {uid} keeps {taken} of the daemon's {self.limit} descriptors, {self.total} are taken")
         self.taken[uid] = taken + count
         self.total += count
 

@@ -1,4 +1,4 @@
-"""Operations other than IOCTL (docs/PROTOCOL.md section 4). Each gives a result, or raises an IommufdError."""
+"""Operations other than IOCTL (docs/PROTOCOL.md section 4). Each gives a result or raises an IommufdError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd_uapi.wire import RegisterBody
-    from iommufdd.user import File
 
     from .channel import Channel
     from .segments import Segment
@@ -55,21 +54,12 @@ def register(channel: Channel, index: int, segments: tuple[Segment, ...]) -> int
         raise EPERM("the descriptor is not open for reading and writing")
     if sum(1 for _ in channel.space.mm.regions()) >= MAX_MAP_COUNT:
         raise ENOMEM(f"the address space has {MAX_MAP_COUNT} regions")
-    _map(channel, body, PrivateFile(file) if body.flags & REGISTER_PRIVATE else file.get())
+    pages = PrivateFile(file) if body.flags & REGISTER_PRIVATE else file
+    rights = bool(body.prot & PROT_READ), bool(body.prot & PROT_WRITE)
+    channel.space.mm.map(Region(body.addr, body.addr + body.length, pages, body.offset, *rights))
+    if pages is not file:
+        pages.put()  # the mm has its own reference; that of `file` is the table's
     return 0
-
-
-def _map(channel: Channel, body: RegisterBody, file: File) -> None:
-    region = Region(
-        body.addr,
-        body.addr + body.length,
-        file,
-        body.offset,
-        bool(body.prot & PROT_READ),
-        bool(body.prot & PROT_WRITE),
-    )
-    channel.space.mm.map(region)
-    file.put()
 
 
 def unregister(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
@@ -100,19 +90,15 @@ def scratch(channel: Channel, index: int, _: tuple[Segment, ...]) -> int:
 
 
 def mmap(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
-    """mmap(2) on the context: registers of a device, as one descriptor. What Context.mmap() raises; EMFILE."""
+    """mmap(2) on the context: registers of a device. What Context.mmap() raises; ENODEV."""
     body = body_of(segments)
-    ctx_mmap: Callable[..., File] | None = getattr(channel.context.ctx, "mmap", None)
-    if ctx_mmap is None:
-        raise ENODEV("nothing can be mapped yet")
-    file = ctx_mmap(channel.caller, body.offset, body.length, body.prot, body.flags)
-    fd = channel.caller.get_unused_fd()
-    channel.files.fd_install(fd, file)
-    return 0
+    file = channel.context.ctx.mmap(channel.caller, body.offset, body.length, body.prot, body.flags)
+    file.put()
+    raise ENODEV("registers are not served over the socket yet")
 
 
 def munmap(channel: Channel, index: int, _: tuple[Segment, ...]) -> int:
-    """munmap(2) of what MMAP gave. EBADF, EINVAL."""
+    """munmap(2) of what MMAP gave, which is nothing yet. EBADF, EINVAL."""
     channel.caller.fget(index)
     raise EINVAL("the descriptor is no mapping")
 

@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 
 Request: TypeAlias = "tuple[int, int, int, int, tuple[Segment, ...]]"  # op, flags, cmd, arg, segments
 
+BODY_SIZE = RegisterBody.SIZEOF
 TAIL = CALL.size  # bytes of anything that must lie behind a packet for parse(): it unpacks before it looks
 SEGMENT_ROOM = 24  # of the reply, for each inline segment after the second
 
 FD_COMMANDS = frozenset(
     [TestCmd.CMD, *(ioctl.CMD for ioctl in IOCTLS if any(fd.direction is Direction.IN for fd in ioctl.FDS))]
 )
-INDEXED = frozenset((Op.READ, Op.WRITE, Op.REGISTER, Op.SCRATCH, Op.MUNMAP))  # cmd is the index of a descriptor
+INDEXED = frozenset((Op.READ, Op.WRITE, Op.REGISTER, Op.SCRATCH, Op.MUNMAP))  # cmd: index of a descriptor
 BODIED = frozenset((Op.REGISTER, Op.UNREGISTER, Op.MMAP, Op.PROTECT))  # segment 0 is a RegisterBody
 BUFFERED = frozenset((Op.READ, Op.WRITE))  # segment 0 is the buffer
 
@@ -57,7 +58,7 @@ _call = CALL.unpack_from
 def parse(packet: bytes, size: int, nfds: int) -> list[Request]:
     """The requests of a packet of `size` bytes that came with nfds descriptors; ProtocolError.
 
-    `packet` holds TAIL bytes more. What one can get away with is decided here, for the most common request first.
+    `packet` holds TAIL bytes more. The most common request, an ioctl with its struct inline, comes first.
     """
     found: list[Request] = []
     at, room = 0, MAX_PACKET
@@ -65,7 +66,7 @@ def parse(packet: bytes, size: int, nfds: int) -> list[Request]:
         length, op, flags, count, cmd, arg, addr, readable, writable, data, where = _call(packet, at)
         if count == 1 and not op | flags | arg | where:
             body = at + 48
-            if data > readable or readable > MAX_PACKET or length != 48 + (data + 7 & ~7) or at + length > size:
+            if length != 48 + (data + 7 & ~7) or at + length > size or not data <= readable <= MAX_PACKET:
                 raise ProtocolError("a length does not add up")
             segments: tuple[Segment, ...] = ((addr, readable, writable, packet[body : body + data]),)
             room -= REPLY_ROOM + writable
@@ -118,7 +119,7 @@ def _check_operation(op: int, cmd: int, segments: tuple[Segment, ...], nfds: int
         _check_index(cmd, nfds)
     if op in BUFFERED and not segments:
         raise ProtocolError(f"{Op(op).name} without a buffer")
-    if op in BODIED and not (segments and type(segments[0][3]) is bytes and segments[0][1] >= RegisterBody.SIZEOF):
+    if op in BODIED and not (segments and isinstance(segments[0][3], bytes) and segments[0][1] >= BODY_SIZE):
         raise ProtocolError(f"{Op(op).name} without its body")
     if op == Op.CLOSE and not last:
         raise ProtocolError("requests behind CLOSE")
@@ -142,17 +143,24 @@ def body_of(segments: tuple[Segment, ...]) -> RegisterBody:
     """The body in segment 0."""
     data = segments[0][3]
     assert isinstance(data, bytes)
-    return RegisterBody.unpack(data.ljust(RegisterBody.SIZEOF, b"\0"))
+    return RegisterBody.unpack(data.ljust(BODY_SIZE, b"\0"))
 
 
 # ---- replies -----------------------------------------------------------------------------------------------
 
 
-def reply(parts: list[bytes], result: int, segments: tuple[Segment, ...], records: list[Record], reason: str, fds: int) -> None:
+def reply(
+    parts: list[bytes],
+    result: int,
+    segments: tuple[Segment, ...],
+    records: list[Record],
+    reason: str,
+    fds: int,
+) -> None:
     """Append one reply to the parts of a packet."""
     if len(records) == 1 and not reason and not fds:
         index, at, data = records[0]
-        if type(data) is bytes:
+        if isinstance(data, bytes):
             length = len(data)
             parts += (
                 REPLY_RECORD.pack(32 + (length + 7 & ~7), result, 1, 0, 0, index, at, length, 1),
@@ -183,4 +191,5 @@ def _fits(segments: tuple[Segment, ...], records: list[Record]) -> bool:
     """Whether the records take no more of the packet than parse() has put aside for them."""
     inline = [segment[2] for segment in segments if isinstance(segment[3], bytes)]
     room = REPLY_ROOM - REPLY.size + sum(inline) + SEGMENT_ROOM * max(len(segments) - 2, 0)
-    return sum(RECORD.size + (0 if isinstance(data, int) else padded(len(data))) for _, _, data in records) <= room
+    lengths = (0 if isinstance(data, int) else padded(len(data)) for _, _, data in records)
+    return sum(lengths) + RECORD.size * len(records) <= room

@@ -1,12 +1,12 @@
 """One Trio task that owns an epoll instance with every channel, listener and pipe of the daemon.
 
-Waiting in Trio for each channel costs more than the work it waits for; so the channels are plain objects, called when
-their descriptor is ready, and Trio sees a single descriptor. Other tasks (signals, the admin socket) get their turn at
-least every few milliseconds.
+Waiting in Trio for each channel costs more than the work it waits for; so the channels are plain objects, called
+when their descriptor is ready, and Trio sees a single descriptor. Other tasks (signals, the admin socket) get
+their turn at least every few milliseconds.
 
-What makes close() exact: a batch of epoll events holds everything that has happened until then. Hang-ups in it are
-handled before requests, and each channel handles one packet a batch; so whoever has seen its close() return, and then
-sends a request, finds the close done.
+What makes close() exact: a batch of epoll events holds everything that has happened until then. Hang-ups in it
+are handled before requests, and each channel handles one packet a batch; so whoever has seen its close() return,
+and then sends a request, finds the close done.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ class Source(Protocol):
 
 
 class Reactor:
-    """The loop. `linger`: seconds to sleep in epoll after some work before waiting through Trio, which takes longer
-    to wake up; at most one millisecond makes sense, since other tasks wait meanwhile. `spin`: seconds to poll first.
+    """The loop.
+
+    `linger`: seconds to sleep in epoll after some work, before waiting through Trio, which wakes up slower; other
+    tasks wait meanwhile, so a millisecond is enough. `spin`: seconds to poll without sleeping, before that.
     """
 
     def __init__(self, pipes: Pipes, linger: float, spin: float) -> None:
@@ -65,12 +67,19 @@ class Reactor:
             events = self._poll()
             if not events:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                events = self._epoll.poll(0, len(self._sources))
+                self.step()
                 checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+                continue
             self._dispatch(events)
             if time.monotonic() > checkpoint_at:
                 await trio.lowlevel.checkpoint()
                 checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+
+    def step(self) -> bool:
+        """Handle what is ready now; False if nothing was."""
+        events = self._epoll.poll(0, len(self._sources))
+        self._dispatch(events)
+        return bool(events)
 
     def hang_ups(self) -> None:
         """Handle what has been closed until now, and no requests: before others look at what is open."""

@@ -1,7 +1,7 @@
 """The memory of one request: the segments that came with it, as the core's UserMemory.
 
-Most requests have one inline segment, the struct; it is read twice (size, struct) and written once. That path is kept
-short here; everything else goes through `_find`, byte by byte the rule of docs/PROTOCOL.md section 3.
+Most requests have one inline segment, the struct; it is read twice (size, struct) and written once. That path is
+kept short here; everything else goes through `_find`: the rule of docs/PROTOCOL.md section 3, byte by byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ Segment: TypeAlias = tuple[int, int, int, bytes | int]
 #: segment, offset in it, and the bytes written there, or how many when they lie in the scratch file
 Record: TypeAlias = tuple[int, int, bytes | int]
 
-READABLE, WRITABLE = 1, 2  # the fields of Segment that limit the two directions
 NO_BYTES = b""
 
 
@@ -63,11 +62,11 @@ class SegmentMemory:
 
     # ---- the general case ----
 
-    def _find(self, addr: int, length: int, direction: int) -> tuple[int, int, int] | None:
+    def _find(self, addr: int, length: int, *, write: bool) -> tuple[int, int, int] | None:
         """The first segment that covers addr: its index, the offset in it, and how far it goes."""
         end = addr + length
-        for index, segment in enumerate(self.segments):
-            start, limit = segment[0], segment[0] + segment[direction]
+        for index, (start, readable, writable, _) in enumerate(self.segments):
+            limit = start + (writable if write else readable)
             if start <= addr < limit:
                 return index, addr - start, min(end, limit) - addr
             if addr < start < end and start < limit:
@@ -77,7 +76,7 @@ class SegmentMemory:
     def _read(self, addr: int, length: int) -> bytes:
         found = bytearray()
         while len(found) < length:
-            place = self._find(addr + len(found), length - len(found), READABLE)
+            place = self._find(addr + len(found), length - len(found), write=False)
             if place is None:
                 break
             part = self._load(*place)
@@ -89,7 +88,7 @@ class SegmentMemory:
     def _write(self, addr: int, data: bytes) -> int:
         done = 0
         while done < len(data):
-            place = self._find(addr + done, len(data) - done, WRITABLE)
+            place = self._find(addr + done, len(data) - done, write=True)
             if place is None:
                 break
             index, at, length = place
@@ -115,8 +114,7 @@ class SegmentMemory:
                 self._record(index, at, stored)
             return stored
         self._record(index, at, data)
-        image = self.images.get(index)
-        if image is not None:
+        if (image := self.images.get(index)) is not None:
             image[at : at + len(data)] = data[: max(len(image) - at, 0)]
         return len(data)
 

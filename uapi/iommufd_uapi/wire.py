@@ -1,7 +1,7 @@
 """Room uapi: the frames of the socket protocol (docs/PROTOCOL.md), shared by daemon and clients.
 
-The layouts say what the bytes are; the prebuilt `struct.Struct`s below them, made from the same layouts, are for the
-loop that handles one packet.
+The layouts say what the bytes are; the prebuilt `struct.Struct`s below them, made from the same layouts, are
+for the loop that handles a packet.
 """
 
 import struct

@@ -1,0 +1,239 @@
+"""Room client: `iommufdctl doctor`, what of iommufdd works on this host, and what to do about the rest.
+
+Every check tries the thing itself where it can, and changes nothing that outlives it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OK, NOTE, FAIL = "ok", "note", "fail"
+MIN_PACKET = 131_072
+SECCOMP = {"x86_64": 317, "aarch64": 277, "riscv64": 277}  # __NR_seccomp
+SECCOMP_SET_MODE_FILTER = 1
+NEW_LISTENER, WAIT_KILLABLE_RECV = 1 << 3, 1 << 5
+HUGE = "/sys/kernel/mm/hugepages/hugepages-2048kB"
+
+
+class Finding(NamedTuple):
+    """One check: what it is about, how it went, what was seen, and what to do."""
+
+    topic: str
+    verdict: str  #: "ok"; "note": something optional is missing; "fail": iommufdd does not work here
+    seen: str
+    advice: str = ""
+
+
+def examine(socket_path: str) -> list[Finding]:
+    """All checks, in the order of what is needed first."""
+    return [finding for check in CHECKS for finding in check(socket_path)]
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+# ---- needed by everything ----------------------------------------------------------------------------------
+
+
+def python(_: str) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    verdict = OK if sys.version_info >= (3, 11) else FAIL
+    yield Finding("Python", verdict, version, "" if verdict == OK else "install Python 3.11 or later")
+    system = os.uname()
+    if system.sysname == "Linux":
+        yield Finding("kernel", OK, f"Linux {system.release} {system.machine}")
+    else:
+        yield Finding("kernel", FAIL, system.sysname, "iommufdd needs Linux: memfd, SCM_RIGHTS, process_vm_readv")
+
+
+def sockets(_: str) -> Iterator[Finding]:
+    import socket
+    from array import array
+
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        yield Finding("SOCK_SEQPACKET", FAIL, str(error), "the sandbox forbids Unix sockets of this type")
+        return
+    with ours, theirs:
+        try:
+            ours.settimeout(1)
+            ours.sendmsg([bytes(MIN_PACKET)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [ours.fileno()]))])
+            data, ancillary, _, _ = theirs.recvmsg(MIN_PACKET + 1, 64)
+        except OSError as error:
+            yield Finding("SOCK_SEQPACKET", FAIL, str(error), f"raise net.core.wmem_default above {2 * MIN_PACKET}")
+            return
+        for _, _, fds in ancillary:
+            os.close(int.from_bytes(fds[:4], sys.byteorder))
+    if len(data) == MIN_PACKET and ancillary:
+        yield Finding("SOCK_SEQPACKET", OK, f"packets of {MIN_PACKET} bytes, with descriptors")
+    else:
+        yield Finding("SOCK_SEQPACKET", FAIL, f"{len(data)} bytes, {len(ancillary)} descriptors arrived", "")
+
+
+def daemon(socket_path: str) -> Iterator[Finding]:
+    import importlib.util
+
+    from .iommufd import Iommufd
+
+    try:
+        with Iommufd(socket_path):
+            yield Finding("daemon", OK, f"answers at {socket_path}")
+            return
+    except OSError as error:
+        why = error.strerror or str(error)
+    installed = importlib.util.find_spec("iommufdd") is not None
+    advice = f"start one: iommufdd --socket-path {socket_path}" if installed else "install the package iommufdd"
+    if os.path.exists(socket_path) and not os.access(socket_path, os.W_OK):
+        advice = "ask for the group of the socket, or start a daemon of your own"
+    yield Finding("daemon", NOTE, f"{socket_path}: {why}", advice)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def memfd(_: str) -> Iterator[Finding]:
+    from .files import sealed_memfd
+
+    try:
+        os.close(sealed_memfd("doctor", 4096))
+        yield Finding("memfd seals", OK, "guest memory can be mapped by the daemon")
+    except OSError as error:
+        yield Finding("memfd seals", FAIL, str(error), "guest memory is a sealed memfd: Linux 3.17, no sandbox")
+
+
+def own_memory(_: str) -> Iterator[Finding]:
+    from ctypes import addressof, c_char
+
+    from .memory import PROCMAP_QUERY, OwnMemory
+
+    page = bytearray(b"doctor")
+    memory, address = OwnMemory(), addressof(c_char.from_buffer(page))
+    try:
+        works = memory.read(address, 6) == page and memory.read(0, 1) == b""
+        yield Finding("process_vm_readv", OK if works else NOTE, "raw pointers are read without faults")
+    except OSError as error:
+        advice = "ioctls with raw pointers need it: allow it in the sandbox (typed methods do not need it)"
+        yield Finding("process_vm_readv", NOTE, str(error), advice)
+    from fcntl import ioctl
+
+    with open("/proc/self/maps", "rb") as maps:
+        try:
+            ioctl(maps, PROCMAP_QUERY, bytearray(104))
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                seen = "not before Linux 6.11: /proc/self/maps is read as text, which is slower"
+                yield Finding("PROCMAP_QUERY", NOTE, seen)
+                return
+    yield Finding("PROCMAP_QUERY", OK, "permissions of memory are looked up fast")
+
+
+def huge_pages(_: str) -> Iterator[Finding]:
+    total, free = _read(f"{HUGE}/nr_hugepages"), _read(f"{HUGE}/free_hugepages")
+    if total is None:
+        yield Finding("huge pages", NOTE, "the kernel has no 2 MiB pages", "guest memory without hugetlb works")
+    elif free == "0":
+        advice = f"for hugetlb guest memory: echo 64 > {HUGE}/nr_hugepages"
+        yield Finding("huge pages", NOTE, f"none of {total} free", advice)
+    else:
+        yield Finding("huge pages", OK, f"{free} of {total} free")
+
+
+def limits(_: str) -> Iterator[Finding]:
+    import resource
+
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if locked == resource.RLIM_INFINITY or os.geteuid() == 0:
+        yield Finding("RLIMIT_MEMLOCK", OK, "unlimited for this caller")
+    else:
+        advice = "mappings past it answer ENOMEM, as in the kernel: ulimit -l, or iommufdd --caller memlock=..."
+        yield Finding("RLIMIT_MEMLOCK", NOTE, f"{locked >> 10} KiB", advice)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    verdict = OK if files >= 1024 else NOTE
+    yield Finding("RLIMIT_NOFILE", verdict, str(files), "" if verdict == OK else "ulimit -n 1024")
+
+
+# ---- unmodified programs -----------------------------------------------------------------------------------
+
+
+def seccomp(_: str) -> Iterator[Finding]:
+    topic = "seccomp notify"
+    number = SECCOMP.get(os.uname().machine)
+    if number is None:
+        yield Finding(topic, NOTE, f"not known for {os.uname().machine}", "iommufdctl run does not work here")
+        return
+    # Without a program the kernel looks at the flags first: EFAULT means that it knows them.
+    listener = _seccomp(number, NEW_LISTENER)
+    killable = _seccomp(number, NEW_LISTENER | WAIT_KILLABLE_RECV)
+    if listener != errno.EFAULT:
+        seen = os.strerror(listener)
+        yield Finding(topic, NOTE, seen, "iommufdctl run needs CONFIG_SECCOMP_FILTER and Linux 5.0, no sandbox")
+    elif killable != errno.EFAULT:
+        seen = "without WAIT_KILLABLE_RECV (Linux 5.19)"
+        yield Finding(topic, NOTE, seen, "signals can repeat an ioctl of a program under iommufdctl run")
+    else:
+        yield Finding(topic, OK, "iommufdctl run works for unmodified programs")
+
+
+def _seccomp(number: int, flags: int) -> int:
+    """The errno of seccomp(SECCOMP_SET_MODE_FILTER, flags, NULL)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(
+        ctypes.c_long(number), ctypes.c_long(SECCOMP_SET_MODE_FILTER), ctypes.c_long(flags), ctypes.c_void_p(None)
+    )
+    return ctypes.get_errno()
+
+
+def ptrace(_: str) -> Iterator[Finding]:
+    scope = _read("/proc/sys/kernel/yama/ptrace_scope")
+    topic = "ptrace scope"
+    if scope in (None, "0"):
+        yield Finding(topic, OK, "a daemon of the same user may read a program's memory")
+    elif scope == "1":
+        seen = "1: only ancestors may"
+        yield Finding(topic, NOTE, seen, "programs under iommufdctl run are its children, which is enough")
+    else:
+        advice = "the native client works; iommufdctl run needs sysctl kernel.yama.ptrace_scope=1 or 0"
+        yield Finding(topic, NOTE, scope or "", advice)
+
+
+def fuse(_: str) -> Iterator[Finding]:
+    path = "/dev/fuse"
+    if not os.path.exists(path):
+        yield Finding(path, NOTE, "is not there", "only for a /dev/iommu file: modprobe fuse")
+        return
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        yield Finding(path, OK, "can be opened")
+    except OSError as error:
+        yield Finding(path, NOTE, error.strerror or "", "only for a /dev/iommu file: be root, or chmod 0666")
+
+
+def user_namespaces(_: str) -> Iterator[Finding]:
+    topic = "user namespaces"
+    allowed = _read("/proc/sys/user/max_user_namespaces")
+    switched_off = _read("/proc/sys/kernel/unprivileged_userns_clone") == "0"
+    restricted = _read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1"
+    if os.geteuid() != 0 and (allowed in (None, "0") or switched_off or restricted):
+        advice = "only for a private /dev or /sys without root; see sysctl user.max_user_namespaces"
+        yield Finding(topic, NOTE, "not for this user", advice)
+    else:
+        yield Finding(topic, OK, "can be made")
+
+
+CHECKS: tuple[Callable[[str], Iterator[Finding]], ...] = (
+    python, sockets, memfd, daemon, own_memory, huge_pages, limits, seccomp, ptrace, fuse, user_namespaces,
+)  # fmt: skip

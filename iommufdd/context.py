@@ -11,12 +11,12 @@ from iommufd_uapi.layout import Ioctl
 from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, veventq, vfio_compat, viommu
 from .change_process import ioas_change_process
 from .device import IommufdGroup, get_hw_info
-from .errors import EINVAL, ENOTTY, IommufdError
+from .errors import EFAULT, EINVAL, ENOTTY, IommufdError
 from .mmap import MmapRegions
 from .objects import ObjectTable
 from .pages import Account
 from .ucmd import Ucmd
-from .user import File
+from .user import File, Gate
 from .user_data import copy_struct_from_user
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ IOCTL_OPS: tuple[IoctlOp[Any], ...] = (
 )
 _BY_CMD = {op.cmd: op for op in IOCTL_OPS}
 _FIRST_NR, _LAST_NR = 0x80, 0xA0
+_COPY_IN = Gate.COPY_IN
 
 
 class Context(File):
@@ -107,18 +108,24 @@ class Context(File):
 
     def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """iommufd_fops_ioctl(): the order of checks is ABI."""
-        if not _FIRST_NR <= cmd & 0xFF <= _LAST_NR:
-            return vfio_compat.vfio_ioctl(self, caller, cmd, uptr)
-        user_size = int.from_bytes(caller.copy_from_user(uptr, 4), "little")
         op = _BY_CMD.get(cmd)
         if op is None:
-            raise ENOTTY(f"ioctl {cmd:#x} is not known")
+            return self._unknown(caller, cmd, uptr)
+        gate, size = caller.gate, op.size
+        gate(_COPY_IN)
+        data = caller.memory.read(uptr, size)  # the size word and, nearly always, the whole struct
+        if len(data) < 4:
+            raise EFAULT(f"memory at {uptr + len(data):#x} cannot be read")
+        user_size = int.from_bytes(data[:4], "little")
         if user_size < op.min_size:
             raise EINVAL(f"size is {user_size}, at least {op.min_size} is needed")
-        ucmd = Ucmd(self, caller, uptr, user_size)
-        ucmd.data = copy_struct_from_user(caller, uptr, user_size, op.size)
+        if user_size == size == len(data):
+            gate(_COPY_IN)
+        else:
+            data = copy_struct_from_user(caller, uptr, user_size, size)
+        ucmd = Ucmd(self, caller, uptr, user_size, data)
         try:
-            rc = op.execute(ucmd, op.unpack(ucmd.data))
+            rc = op.execute(ucmd, op.unpack(data))
         except BaseException:
             if ucmd.new_obj is not None:
                 self.objects.abort(ucmd.new_obj)
@@ -126,6 +133,13 @@ class Context(File):
         if ucmd.new_obj is not None:
             self.objects.finalize(ucmd.new_obj)
         return rc or 0
+
+    def _unknown(self, caller: Caller, cmd: int, uptr: int) -> int:
+        """A number without a row: VFIO's, or ENOTTY, for which numbers of our own still read the size."""
+        if not _FIRST_NR <= cmd & 0xFF <= _LAST_NR:
+            return vfio_compat.vfio_ioctl(self, caller, cmd, uptr)
+        caller.copy_from_user(uptr, 4)
+        raise ENOTTY(f"ioctl {cmd:#x} is not known")
 
     def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> File:
         """mmap(2) of registers: a file that stands for the mapping; EINVAL, EPERM, ENXIO (iommufd_fops_mmap)."""

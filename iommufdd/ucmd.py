@@ -19,12 +19,12 @@ class Ucmd:
 
     __slots__ = ("caller", "data", "ictx", "new_obj", "uptr", "user_size")
 
-    def __init__(self, ictx: Context, caller: Caller, uptr: int, user_size: int) -> None:
+    def __init__(self, ictx: Context, caller: Caller, uptr: int, user_size: int, data: bytes) -> None:
         self.ictx = ictx
         self.caller = caller
         self.uptr = uptr
         self.user_size = user_size
-        self.data = b""  # the struct as copied in, zero-extended
+        self.data = data  # the struct as copied in, zero-extended
         self.new_obj: IommufdObject | None = None
 
     def respond(self, cmd: Layout) -> None:

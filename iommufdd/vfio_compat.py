@@ -53,7 +53,7 @@ def _map_dma(ictx: Context, caller: Caller, arg: int) -> int:
     if cmd.flags & vfio.VFIO_DMA_MAP_FLAG_WRITE:
         flags |= uapi.IOMMU_IOAS_MAP_WRITEABLE
     ioas = get_compat_ioas(ictx)
-    map_user(Ucmd(ictx, caller, arg, size), ioas, cmd.vaddr, cmd.size, cmd.iova, flags)
+    map_user(Ucmd(ictx, caller, arg, size, b""), ioas, cmd.vaddr, cmd.size, cmd.iova, flags)
     return 0
 
 

@@ -40,6 +40,7 @@ def ioas_change_process(ucmd: Ucmd, cmd: uapi.IoasChangeProcess) -> None:
                 pages.update_pinned(-pages.npinned)
             except EINVAL as failed:
                 error = failed
+                pages.last_npinned = 0  # the new payer is never given it back (charge_current() set it aside)
         pages.mm, pages.task, pages.user = caller.mm, caller.task, caller.task.user
     if error is not None:
         raise error

@@ -55,8 +55,8 @@ class RegisteredMm(Mm):
 
     def map(self, region: Region) -> None:
         """mmap(MAP_FIXED): replaces what was there. Takes a reference of the file."""
+        region.file.get()  # first: the region replaced may hold the only other reference
         self.unmap(region.start, region.end)
-        region.file.get()
         self._regions[region.start] = region
 
     def unmap(self, start: int, end: int) -> None:

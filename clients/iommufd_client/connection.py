@@ -119,8 +119,14 @@ class Connection:
         except OSError as error:
             error.filename = self.socket_path
             raise
-        self._sock.sendmsg([first], rights(fds))
-        length, got = self._receive()
+        try:
+            self._sock.sendmsg([first], rights(fds))
+        except BrokenPipeError:
+            pass  # refused before we could ask: the answer is there all the same
+        try:
+            length, got = self._receive()
+        except ConnectionResetError:
+            length, got = self._receive()  # the hello was not read; what was said comes behind that error
         identity = got[0] if got else -1
         try:
             self.mm = welcome(bytes(self._view[:length]))

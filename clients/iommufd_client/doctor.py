@@ -46,7 +46,7 @@ def _read(path: str) -> str | None:
 # ---- needed by everything ----------------------------------------------------------------------------------
 
 
-def python(_: str) -> Iterator[Finding]:
+def python(_path: str) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     verdict = OK if sys.version_info >= (3, 11) else FAIL
     yield Finding("Python", verdict, version, "" if verdict == OK else "install Python 3.11 or later")
@@ -57,7 +57,7 @@ def python(_: str) -> Iterator[Finding]:
         yield Finding("kernel", FAIL, system.sysname, "iommufdd needs Linux: memfd, SCM_RIGHTS, process_vm_readv")
 
 
-def sockets(_: str) -> Iterator[Finding]:
+def sockets(_path: str) -> Iterator[Finding]:
     import socket
     from array import array
 
@@ -103,7 +103,7 @@ def daemon(socket_path: str) -> Iterator[Finding]:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def memfd(_: str) -> Iterator[Finding]:
+def memfd(_path: str) -> Iterator[Finding]:
     from .files import sealed_memfd
 
     try:
@@ -113,7 +113,7 @@ def memfd(_: str) -> Iterator[Finding]:
         yield Finding("memfd seals", FAIL, str(error), "guest memory is a sealed memfd: Linux 3.17, no sandbox")
 
 
-def own_memory(_: str) -> Iterator[Finding]:
+def own_memory(_path: str) -> Iterator[Finding]:
     from ctypes import addressof, c_char
 
     from .memory import PROCMAP_QUERY, OwnMemory
@@ -139,7 +139,7 @@ def own_memory(_: str) -> Iterator[Finding]:
     yield Finding("PROCMAP_QUERY", OK, "permissions of memory are looked up fast")
 
 
-def huge_pages(_: str) -> Iterator[Finding]:
+def huge_pages(_path: str) -> Iterator[Finding]:
     total, free = _read(f"{HUGE}/nr_hugepages"), _read(f"{HUGE}/free_hugepages")
     if total is None:
         yield Finding("huge pages", NOTE, "the kernel has no 2 MiB pages", "guest memory without hugetlb works")
@@ -150,7 +150,7 @@ def huge_pages(_: str) -> Iterator[Finding]:
         yield Finding("huge pages", OK, f"{free} of {total} free")
 
 
-def limits(_: str) -> Iterator[Finding]:
+def limits(_path: str) -> Iterator[Finding]:
     import resource
 
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -167,7 +167,7 @@ def limits(_: str) -> Iterator[Finding]:
 # ---- unmodified programs -----------------------------------------------------------------------------------
 
 
-def seccomp(_: str) -> Iterator[Finding]:
+def seccomp(_path: str) -> Iterator[Finding]:
     topic = "seccomp notify"
     number = SECCOMP.get(os.uname().machine)
     if number is None:
@@ -197,7 +197,7 @@ def _seccomp(number: int, flags: int) -> int:
     return ctypes.get_errno()
 
 
-def ptrace(_: str) -> Iterator[Finding]:
+def ptrace(_path: str) -> Iterator[Finding]:
     scope = _read("/proc/sys/kernel/yama/ptrace_scope")
     topic = "ptrace scope"
     if scope in (None, "0"):
@@ -210,7 +210,7 @@ def ptrace(_: str) -> Iterator[Finding]:
         yield Finding(topic, NOTE, scope or "", advice)
 
 
-def fuse(_: str) -> Iterator[Finding]:
+def fuse(_path: str) -> Iterator[Finding]:
     path = "/dev/fuse"
     if not os.path.exists(path):
         yield Finding(path, NOTE, "is not there", "only for a /dev/iommu file: modprobe fuse")
@@ -222,7 +222,7 @@ def fuse(_: str) -> Iterator[Finding]:
         yield Finding(path, NOTE, error.strerror or "", "only for a /dev/iommu file: be root, or chmod 0666")
 
 
-def user_namespaces(_: str) -> Iterator[Finding]:
+def user_namespaces(_path: str) -> Iterator[Finding]:
     topic = "user namespaces"
     allowed = _read("/proc/sys/user/max_user_namespaces")
     switched_off = _read("/proc/sys/kernel/unprivileged_userns_clone") == "0"

@@ -102,7 +102,11 @@ class Mapping(Fd):
         import mmap
 
         self._channel = channel
-        self._map: mmap.mmap = mmap.mmap(fd, length, prot=prot)
+        try:
+            self._map: mmap.mmap = mmap.mmap(fd, length, prot=prot)
+        except BaseException:
+            self._unmapped()
+            raise
         self.view = memoryview(self._map)  #: the registers
 
     def close(self) -> None:
@@ -111,6 +115,9 @@ class Mapping(Fd):
             return
         self.view.release()
         self._map.close()
+        self._unmapped()
+
+    def _unmapped(self) -> None:
         try:
             self._channel.munmap(self)
         except ConnectionError:

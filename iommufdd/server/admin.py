@@ -11,6 +11,7 @@ import trio
 from iommufd_uapi import admin
 from iommufdd.errors import IommufdError
 
+from . import log
 from .census import counts, tree
 from .credentials import parse_caps, set_capabilities
 
@@ -71,6 +72,9 @@ def answer(server: Server, line: bytes) -> admin.Reply:
         return admin.Error(errno.EINVAL, str(error))
     except IommufdError as error:
         return admin.Error(error.errno, error.reason)
+    except Exception:
+        log.bug()
+        return admin.Error(errno.EIO, "a bug in the daemon; its log has the traceback")
 
 
 def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:

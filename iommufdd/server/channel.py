@@ -101,7 +101,10 @@ class Channel:
             return
         self.joined = False
         self.use_scratch(None)
-        self.context.ctx.put()
+        try:
+            self.context.ctx.put()
+        except Exception:
+            log.bug(pid=self.peer.pid, uid=self.peer.uid)
         self.context.settle()
         self.server.spaces.leave(self.space, self)
 
@@ -158,9 +161,8 @@ class Channel:
         except ProtocolError as error:
             self._malformed(str(error))
         except Exception:
-            # Not the peer's fault: a bug. It costs this channel, and no other.
-            log.logger.exception("bug", extra={"fields": {"pid": self.peer.pid, "uid": self.peer.uid}})
-            self.close("bug", ERROR)
+            log.bug(pid=self.peer.pid, uid=self.peer.uid)
+            self.close("bug", ERROR)  # it costs this channel, and no other
         finally:
             if fds:
                 close_all(fds)
@@ -211,15 +213,14 @@ class Channel:
         memory, caller, outgoing = self.memory, self.caller, self.files.outgoing
         ioctl = self.context.ctx.ioctl
         parts: list[bytes] = []
-        reason, sent = "", 0
+        sent = 0
         for op, flags, cmd, arg, segments in requests:
             records = memory.load(segments)
             if op:
                 result = self._operate(op, cmd, segments)
             else:
                 result = ioctl(caller, cmd, segments[arg][0] if arg != NONE else 0)
-            if flags:
-                reason = caller.error.reason if caller.error is not None and result < 0 else ""
+            reason = caller.error.reason if flags and result < 0 and caller.error is not None else ""
             before, sent = sent, len(outgoing)
             reply(parts, result, segments, records, reason, sent - before)
         caller.error = None  # it keeps the frames of the call alive

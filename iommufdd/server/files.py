@@ -16,6 +16,8 @@ from iommufd_uapi.wire import MAX_FDS, NONE
 from iommufdd.errors import EMFILE
 from iommufdd.user import File
 
+from . import log
+
 if TYPE_CHECKING:
     from .instance import OpenContext
     from .memory import PageFiles
@@ -111,7 +113,10 @@ class Pipes:
         del self.by_key[pipe.key]
         pipe.file.on_change = None
         self.release(pipe)
-        pipe.file.put()
+        try:
+            pipe.file.put()
+        except Exception:
+            log.bug(uid=pipe.uid)
         pipe.context.settle()
 
     def close(self) -> None:

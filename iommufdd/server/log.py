@@ -21,6 +21,11 @@ def event(level: int, name: str, **fields: object) -> None:
         logger.log(level, name, extra={"fields": fields})
 
 
+def bug(**fields: object) -> None:
+    """Log the exception in flight: never what a peer did, always a mistake of ours."""
+    logger.error("bug", exc_info=True, extra={"fields": fields})
+
+
 class KeyValue(logging.Formatter):
     """`level event key=value key="two words"`"""
 

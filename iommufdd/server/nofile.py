@@ -24,7 +24,7 @@ class Nofile:
     def charge(self, uid: int, count: int = 1) -> None:
         """EMFILE when this uid has its share."""
         taken = self.taken.get(uid, 0)
-        if taken + count > self.limit - self.total - count + 1:
+        if taken + count > self.limit - self.total:
             raise EMFILE(f"uid {uid} keeps {taken} of the daemon's {self.limit} descriptors, {self.total} are taken")
         self.taken[uid] = taken + count
         self.total += count

@@ -75,8 +75,13 @@ def protect(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
     body = body_of(segments)
     _check_range(body)
     readable, writable = bool(body.prot & PROT_READ), bool(body.prot & PROT_WRITE)
-    end = body.addr + body.length
-    if not channel.space.mm.protect(body.addr, end, readable=readable, writable=writable):
+    mm, end = channel.space.mm, body.addr + body.length
+    # protect() takes each region out before it puts it back: its file must not go with it.
+    files = [region.file.get() for region in mm.regions() if region.start < end and region.end > body.addr]
+    whole = mm.protect(body.addr, end, readable=readable, writable=writable)
+    for file in files:
+        file.put()
+    if not whole:
         raise ENOMEM(f"not all of [{body.addr:#x}, {end:#x}) is registered")
     return 0
 

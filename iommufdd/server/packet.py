@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 Request: TypeAlias = "tuple[int, int, int, int, tuple[Segment, ...]]"  # op, flags, cmd, arg, segments
 
+REASON = int(Flag.REASON)  # ~ of an IntFlag is no ~ of its number
 BODY_SIZE = RegisterBody.SIZEOF
 TAIL = CALL.size  # bytes of anything that must lie behind a packet for parse(): it unpacks before it looks
 SEGMENT_ROOM = 24  # of the reply, for each inline segment after the second
@@ -92,12 +93,12 @@ def _general(packet: bytes, at: int, size: int) -> tuple[tuple[Segment, ...], in
     body, end = at + 16 + 32 * count, at + length
     if length & 7 or body > end or end > size:
         raise ProtocolError("a length does not add up")
-    if op > Op.CLOSE or flags & ~Flag.REASON:
+    if op > Op.CLOSE or flags & ~REASON:
         raise ProtocolError(f"unknown operation {op} or flags {flags:#x}")
     if count > MAX_SEGMENTS or (op == Op.IOCTL and arg != NONE and arg >= count):
         raise ProtocolError(f"{count} segments, the argument is number {arg}")
     segments: list[Segment] = []
-    cost = REPLY_ROOM + REASON_ROOM * (flags & Flag.REASON) + SEGMENT_ROOM * max(count - 2, 0)
+    cost = REPLY_ROOM + REASON_ROOM * (flags & REASON) + SEGMENT_ROOM * max(count - 2, 0)
     for header in range(at + 16, at + 16 + 32 * count, 32):
         addr, readable, writable, data, where = SEGMENT.unpack_from(packet, header)
         if where == Where.SCRATCH:

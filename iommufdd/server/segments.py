@@ -17,6 +17,7 @@ Segment: TypeAlias = tuple[int, int, int, bytes | int]
 Record: TypeAlias = tuple[int, int, bytes | int]
 
 NO_BYTES = b""
+NOWHERE = 1 << 64  # every address lies before it
 
 
 class SegmentMemory:
@@ -28,13 +29,13 @@ class SegmentMemory:
         self.scratch: Scratch | None = None
         self.images: dict[int, bytearray] = {}  # inline segments with their writes, once somebody reads them
         self.records: list[Record] = []
+        self.writable = 0
         self.load(())
 
     def load(self, segments: tuple[Segment, ...]) -> list[Record]:
         """Start a request; the list its writes will be recorded in."""
         self.segments = segments
-        self.addr = self.writable = 0
-        self.data = NO_BYTES
+        self.addr, self.data = NOWHERE, NO_BYTES
         if segments:
             addr, _, writable, data = segments[0]
             if isinstance(data, bytes):

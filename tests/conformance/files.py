@@ -121,9 +121,6 @@ class FdTable:
         self.fd_install(fd, file)
         return fd
 
-    def dup(self, fd: int) -> int:
-        return self.add(self.get(fd).get())
-
     def close(self, fd: int) -> None:
         file = self.files.pop(fd, None)
         if file is None:

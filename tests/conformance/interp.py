@@ -6,13 +6,14 @@ A step prints as it goes, so that a signal or a program error leaves the line cu
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from iommufdd.user import PAGE_SIZE
 
 from .errnos import errno_name
 from .memory import Signal
-from .parse import MAX_BYTES, U64, Line, Options, ProgramError, c_int, c_long, fill_bytes, number, prot_of, terms, unhex
+from .names import BUF_STEP, NOWHERE, Names
+from .parse import MAX_BYTES, U64, Line, Options, ProgramError, c_int, c_long, fill_bytes, number, prot_of, unhex
 from .process import GUARD_BASE, GUARD_BYTES, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED, answer
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     from .process import Process
 
-BUF_BASE = 0x200000000000
-BUF_STEP = 1 << 32
-NOWHERE = 0x1E0000000000  # the address of an unknown buffer: nothing is ever mapped there
 KINDS = {  # shared, memfd, huge
     "anon": (False, False, False),
     "shared": (True, False, False),
@@ -32,43 +30,16 @@ KINDS = {  # shared, memfd, huge
     "memfdhuge": (True, True, True),
 }
 
-T = TypeVar("T")
 
-
-class Table(Generic[T]):
-    """One name space; names are cut to 47 bytes when they are stored."""
-
-    def __init__(self, what: str, limit: int) -> None:
-        self.what = what
-        self.limit = limit
-        self.entries: dict[str, T] = {}
-
-    def get(self, name: str) -> T | None:
-        return self.entries.get(name)
-
-    def set(self, name: str, value: T) -> None:
-        if len(self.entries) >= self.limit and name[:47] not in self.entries:
-            raise ProgramError(f"too many {self.what}")
-        self.entries[name[:47]] = value
-
-    def copy(self) -> Table[T]:
-        other: Table[T] = Table(self.what, self.limit)
-        other.entries.update(self.entries)
-        return other
-
-
-class Interp:
+class Interp(Names):
     """One process at work on a program: its names, and where it is."""
 
     def __init__(self, program: list[Line], process: Process, out: list[str]) -> None:
+        super().__init__()
         self.program = program
         self.process = process
         self.out = out  # pieces of the output
         self.at = 0
-        self.fds: Table[int] = Table("fds", 512)
-        self.bufs: Table[tuple[int, int]] = Table("buffers", 512)  # address, size
-        self.vars: Table[int] = Table("vars", 2048)
-        self.next_addr = BUF_BASE
         self.in_child = False
         self.skip = False
 
@@ -97,8 +68,10 @@ class Interp:
         if line[1] == "begin":
             self.print(f"{line.number} child begin{line.end}\n")
             other = self.fork()
-            other.run()
-            other.process.exit()
+            try:
+                other.run()
+            finally:
+                other.process.exit()
             self.skip = True
             return True
         if self.in_child:
@@ -110,8 +83,7 @@ class Interp:
     def fork(self) -> Interp:
         other = Interp(self.program, self.process.fork(), self.out)
         other.at = self.at
-        other.fds, other.bufs, other.vars = self.fds.copy(), self.bufs.copy(), self.vars.copy()
-        other.next_addr = self.next_addr
+        other.inherit(self)
         other.in_child = True
         other.skip = self.skip
         return other
@@ -127,28 +99,6 @@ class Interp:
             self.print(f" {signal}")
         self.print(f"{line.end}\n")
 
-    # Names.
-
-    def expr(self, text: str) -> int:
-        total = 0
-        for sign, term in terms(text):
-            total += sign * (number(term) if term[:1].isdigit() else self.vars.get(term) or 0)
-        return total & U64
-
-    def bufaddr(self, text: str) -> int:
-        cut = min((text.find(sign) for sign in "+-" if sign in text), default=len(text))
-        if cut > 63:
-            raise ProgramError("buf too long")
-        base, _ = self.bufs.get(text[:cut]) or (NOWHERE, 0)
-        return base + self.expr(text[cut:]) & U64
-
-    def getfd(self, text: str) -> int:
-        if text[:1] == "=":
-            value = number(text[1:])
-            return c_int(value)
-        fd = self.fds.get(text)
-        return -1 if fd is None else fd
-
     # Pieces of output.
 
     def result(self, rc: int, error: int) -> None:
@@ -162,10 +112,6 @@ class Interp:
         fd, error = answer(call)
         self.fds.set(name, fd)
         return min(fd, 0), error
-
-    def place(self) -> int:
-        self.next_addr += BUF_STEP
-        return self.next_addr - BUF_STEP
 
     # Steps: files.
 
@@ -262,7 +208,7 @@ class Interp:
         self.print(f" {line[1]} {line[2]} 0x{size:x}")
         self.bufs.set(line[1], (self.next_addr - BUF_STEP, 0) if rc else (addr, size))
         if not rc and pattern is not None:
-            self.process.space.store(addr, fill_bytes(pattern, size))
+            self.store_fill(addr, pattern, size)
             if prot_text is not None:
                 answer(lambda: self.process.space.mprotect(addr, size, prot_of(prot_text)))
         self.result(rc, error)
@@ -335,8 +281,13 @@ class Interp:
 
     def fill(self, line: Line) -> None:
         addr = self.bufaddr(line[1]) + self.expr(line[2]) & U64
-        self.process.space.store(addr, fill_bytes(line[4], self.expr(line[3])))
+        self.store_fill(addr, line[4], self.expr(line[3]))
         self.print(f" {line[1]}")
+
+    def store_fill(self, addr: int, pattern: str, size: int) -> None:
+        """No more than a little beyond the first fault is made up."""
+        space = self.process.space
+        space.store(addr, fill_bytes(pattern, min(size, space.writable(addr, size) + 8)))
 
     def look(self, line: Line) -> bytes:
         offset = self.expr(line[2])
@@ -374,7 +325,7 @@ class Interp:
         self.print(f" out={options.masked(after, ok=rc >= 0)}")
         self.after(options, after, ok=rc >= 0)
 
-    def argument(self, at: str | None, data: bytes) -> tuple[int, int]:
+    def argument(self, at: str | None, data: bytearray) -> tuple[int, int]:
         """Puts the struct where it belongs: its address, and how many bytes of it are printed."""
         if at is not None and at.startswith("ro:"):
             return self.bufaddr(at[3:]), 0

@@ -81,17 +81,22 @@ class MemFile(PageFile):
         return MemFile(length, unit=self.unit, private=private)
 
     def copy(self) -> MemFile:
-        """What a forked process gets of a private mapping."""
+        """A private copy: what a forked process gets of a private mapping."""
         other = self.twin(self.length, private=True)
-        other.pwrite(0, self.pread(0, self.length).rstrip(b"\0"))
+        other.pwrite(0, self.contents())
         return other
+
+    def contents(self) -> bytes:
+        """All bytes but zeros at the end."""
+        return bytes(self._data[: self.length])
 
     # The memfd.
 
     def truncate(self, length: int) -> None:
-        if length < 0 or length % self.unit and self.unit > PAGE_SIZE:
+        if length < 0 or (self.unit > PAGE_SIZE and length % self.unit):
             raise fail(errno.EINVAL)
-        if length < self.length and self.seals & F_SEAL_SHRINK or length > self.length and self.seals & F_SEAL_GROW:
+        forbidden = F_SEAL_SHRINK if length < self.length else F_SEAL_GROW
+        if length != self.length and self.seals & forbidden:
             raise fail(errno.EPERM)
         self.resize(length)
 
@@ -236,9 +241,9 @@ class AddressSpace(RegisteredMm):
             raise self._signal(addr + len(data), write=False)
         return data
 
-    def store(self, addr: int, data: bytes) -> None:
+    def store(self, addr: int, data: bytes | bytearray) -> None:
         """A write by the CPU; what comes before the first fault is stored."""
-        done = self.write(addr, data)
+        done = self.write(addr, bytes(data))
         if done < len(data):
             raise self._signal(addr + done, write=True)
 

@@ -1,8 +1,8 @@
 """The backend over the wire: a daemon, and the client library as an unmodified program would use it.
 
-The process is still a model, but its descriptors are real ones of ours with their real numbers, its memory lies in
-memfds that are registered, and a forked process is a set of channels with a new address space. Huge pages are modelled
-in ordinary memfds, so that none need be reserved.
+The process is still a model, but behind its descriptors there are real ones, its memory lies in memfds that are
+registered, and a forked process is a set of channels with a new address space. Huge pages are modelled in ordinary
+memfds, so that none need be reserved.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import itertools
 import os
 import select
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from iommufd_client.connection import Connection
@@ -21,7 +20,7 @@ from iommufd_uapi import args, wire
 from iommufd_uapi.layout import Direction
 from iommufdd.user import PAGE_SIZE, File, PageFile
 
-from .files import CharDev, EventFd, FdTable, LocalFile
+from .files import CharDev
 from .memory import AddressSpace, MemFile, fail, round_up
 from .process import MEMLOCK, Driver
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from .process import Process
 
 CAPS = ("CAP_IPC_LOCK", "CAP_SYS_RAWIO", "CAP_SYS_RESOURCE")
+STRUCT_MOST = 256  # bytes of a struct with descriptors in it
 ROOT = f"uid=0,caps={'+'.join(CAPS)},memlock={MEMLOCK}"
 
 
@@ -63,6 +63,9 @@ class Pages(MemFile):
     def resize(self, length: int) -> None:
         os.ftruncate(self.fd, length)
         self.length = length
+
+    def contents(self) -> bytes:
+        return os.pread(self.fd, self.length, 0).rstrip(b"\0")
 
     def twin(self, length: int, *, private: bool) -> MemFile:
         return Pages(length, unit=self.unit, private=private)
@@ -95,6 +98,12 @@ class Registers(PageFile):
 
 class RemoteFile(File):
     """A file that the daemon handed out: its descriptor is all there is here."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def release(self) -> None:
+        os.close(self.fd)
 
 
 class RemoteContext(File):
@@ -131,50 +140,45 @@ class MirroredSpace(AddressSpace):
             self.home.protect(start, end - start, 0 if not prot else 3 if prot & 2 else 1)
 
 
-class RealFds(FdTable):
-    """Numbers are those of real descriptors; one that several processes share is closed with its last holder."""
+class Translated:
+    """The client's `Memory` for one ioctl: descriptors in the struct are real numbers for it, the model's below."""
 
-    def __init__(self, holders: Counter[int]) -> None:
-        super().__init__()
-        self.holders = holders
+    def __init__(self, driver: OverSocket, process: Process, cmd: int, arg: int) -> None:
+        self.driver = driver
+        self.process = process
+        self.space = process.space
+        self.places = {arg + offset: way for offset, way in args.fds(cmd, self.space.read(arg, STRUCT_MOST))}
+        self.given: dict[int, bytes] = {}  # what the program put in, by address
 
-    def install(self, fd: int, file: File) -> int:
-        """Takes over the descriptor and the caller's reference of the file."""
-        self.holders[fd] += 1
-        self.fd_install(fd, file)
-        return fd
+    def read(self, addr: int, length: int) -> bytes:
+        data = bytearray(self.space.read(addr, length))
+        for at in self._within(addr, len(data)):
+            if self.places[at] is Direction.IN:
+                self.given[at] = bytes(data[at - addr : at - addr + 4])
+                real = self.driver.real(self.process.files.fget(_s32(self.given[at])))
+                data[at - addr : at - addr + 4] = real.to_bytes(4, "little", signed=True)
+        return bytes(data)
 
-    def add(self, file: File) -> int:
-        return self.install(_descriptor(file), file)
+    def writable(self, addr: int, length: int) -> int:
+        return self.space.writable(addr, length)
 
-    def dup(self, fd: int) -> int:
-        file = self.get(fd)
-        return self.install(os.dup(fd), file.get())
+    def write(self, addr: int, data: bytes) -> int:
+        image = bytearray(data)
+        for at in self._within(addr, len(data)):
+            field = slice(at - addr, at - addr + 4)
+            if at not in self.given:
+                fd = self.process.files.add(RemoteFile(_s32(image[field])))
+                image[field] = fd.to_bytes(4, "little")
+            else:
+                image[field] = self.given[at]
+        return self.space.write(addr, bytes(image))
 
-    def close(self, fd: int) -> None:
-        if fd in self.holders:
-            self.holders[fd] -= 1
-            if not self.holders[fd]:
-                del self.holders[fd]
-                os.close(fd)
-        super().close(fd)
-
-    def fork_into(self, child: FdTable) -> None:
-        super().fork_into(child)
-        self.holders.update(fd for fd in child.files if fd in self.holders)
+    def _within(self, addr: int, length: int) -> list[int]:
+        return [at for at in self.places if addr <= at and at + 4 <= addr + length]
 
 
-def _descriptor(file: File) -> int:
-    """A real descriptor that is what the file stands for."""
-    if isinstance(file, Pages):
-        return os.dup(file.fd)
-    if isinstance(file, EventFd):
-        return os.eventfd(0, os.EFD_CLOEXEC)
-    if isinstance(file, RemoteContext):
-        (channel,) = file.channels.values()
-        return os.dup(channel.identity.fileno())
-    assert isinstance(file, CharDev)
-    return os.open(file.path, os.O_RDWR | os.O_CLOEXEC)
+def _s32(data: bytes | bytearray) -> int:
+    return int.from_bytes(data, "little", signed=True)
 
 
 class OverSocket(Driver):
@@ -186,13 +190,10 @@ class OverSocket(Driver):
         self.machine = machine
         self.homes: dict[Process, Connection] = {}  # a channel for its memory; the program never sees its context
         self.contexts: list[RemoteContext] = []
-        self.holders: Counter[int] = Counter()
+        self.locals: dict[File, int] = {}  # real descriptors of eventfds and character devices
 
     def new_space(self) -> AddressSpace:
         return MirroredSpace()
-
-    def new_files(self) -> FdTable:
-        return RealFds(self.holders)
 
     def new_pages(self, length: int, unit: int, *, private: bool) -> MemFile:
         return Pages(length, unit=unit, private=private)
@@ -211,6 +212,21 @@ class OverSocket(Driver):
             if channel := context.channels.pop(process, None):
                 channel.close()
         self.homes.pop(process).close()
+        if not self.homes:
+            for fd in self.locals.values():
+                os.close(fd)
+            self.locals.clear()
+
+    def real(self, file: File | None) -> int:
+        """A real descriptor of what the file stands for; -1 for none."""
+        if isinstance(file, Pages | RemoteFile):
+            return file.fd
+        if isinstance(file, RemoteContext):
+            return next(iter(file.channels.values())).identity.fileno()
+        if file is not None and file not in self.locals:
+            flags = os.O_RDWR | os.O_CLOEXEC
+            self.locals[file] = os.open(file.path, flags) if isinstance(file, CharDev) else os.eventfd(0)
+        return -1 if file is None else self.locals[file]
 
     def credentials_changed(self, process: Process) -> None:
         cred = process.credentials
@@ -236,31 +252,21 @@ class OverSocket(Driver):
     def ioctl(self, process: Process, file: File, cmd: int, arg: int) -> int:
         if not isinstance(file, RemoteContext):
             raise fail(errno.ENOTTY)
-        space, files = process.space, process.files
-        rc = self._channel(process, file).ioctl(cmd, arg, memory=space)
-        data = space.read(arg, 256)
-        assert isinstance(files, RealFds)
-        for offset, direction in args.fds(cmd, data):
-            if direction is Direction.OUT:
-                files.install(int.from_bytes(data[offset : offset + 4], "little"), RemoteFile())
-        if args.returns_fd(cmd, data):
-            files.install(rc, RemoteFile())
+        memory = Translated(self, process, cmd, arg)
+        rc = self._channel(process, file).ioctl(cmd, arg, memory=memory)
+        if args.returns_fd(cmd, process.space.read(arg, STRUCT_MOST)):
+            return process.files.add(RemoteFile(rc))
         return rc
 
     def read(self, process: Process, file: File, addr: int, count: int) -> int:
-        fd = self._number(process, file)
-        return self.homes[process].read_into(fd, addr, count, memory=process.space)
+        return self.homes[process].read_into(self.real(file), addr, count, memory=process.space)
 
     def write(self, process: Process, file: File, addr: int, count: int) -> int:
-        fd = self._number(process, file)
-        return self.homes[process].write_from(fd, addr, count, memory=process.space)
-
-    def _number(self, process: Process, file: File) -> int:
-        return next(fd for fd, other in process.files.files.items() if other is file)
+        return self.homes[process].write_from(self.real(file), addr, count, memory=process.space)
 
     def poll(self, process: Process, file: File) -> int:
         poll = select.poll()
-        poll.register(self._number(process, file), 0x7FFF)
+        poll.register(self.real(file), 0x7FFF)
         return sum(mask for _, mask in poll.poll(0))
 
     def mmap(self, process: Process, file: File, offset: int, length: int, prot: int, flags: int) -> PageFile:

@@ -26,7 +26,7 @@ class ProgramError(Exception):
     """The program is wrong: the runner prints why and exits 64."""
 
 
-class Names(Protocol):
+class Lookup(Protocol):
     """The name spaces that a patch's value is looked up in."""
 
     def expr(self, text: str) -> int: ...
@@ -174,7 +174,7 @@ class Options:
     patches: list[Patch] = field(default_factory=list)
     after: list[After] = field(default_factory=list)
 
-    def parse(self, token: str, data: bytearray, names: Names) -> bool:
+    def parse(self, token: str, data: bytearray, names: Lookup) -> bool:
         """Take one token, patching `data`; False when it is no option."""
         kind, at, rest = token.partition("@")
         if not at:
@@ -186,7 +186,7 @@ class Options:
             self._after(kind, offset, rest)
         return True
 
-    def _patch(self, kind: str, offset: int, rest: str, data: bytearray, names: Names) -> None:
+    def _patch(self, kind: str, offset: int, rest: str, data: bytearray, names: Lookup) -> None:
         if rest[:1] != "=":
             raise ProgramError(f"bad patch {kind}")
         width = _WIDTHS[kind]
@@ -211,7 +211,7 @@ class Options:
         else:
             raise ProgramError(f"unknown option {kind}")
 
-    def masked(self, data: bytes, *, ok: bool) -> str:
+    def masked(self, data: bytes | bytearray, *, ok: bool) -> str:
         """The bytes in hex, with P, N, D and X over those that differ between runs."""
         letters = [f"{byte:02x}" for byte in data]
         for patch in self.patches:
@@ -220,6 +220,6 @@ class Options:
                 letters[patch.offset : end] = [2 * patch.letter] * len(patch.original)
         for after in self.after:
             end = after.offset + after.width
-            if end <= len(data) and (after.kind == "m" or after.kind == "f" and ok):
+            if end <= len(data) and (after.kind == "m" or (after.kind == "f" and ok)):
                 letters[after.offset : end] = ["XX" if after.kind == "m" else "DD"] * after.width
         return "".join(letters)

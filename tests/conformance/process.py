@@ -47,9 +47,6 @@ class Driver:
     def new_space(self) -> AddressSpace:
         return AddressSpace()
 
-    def new_files(self) -> FdTable:
-        return FdTable()
-
     def new_pages(self, length: int, unit: int, *, private: bool) -> MemFile:
         return MemFile(length, unit=unit, private=private)
 
@@ -95,14 +92,13 @@ class Process:
     def __init__(self, driver: Driver, parent: Process | None = None) -> None:
         self.driver = driver
         self.space = driver.new_space()
-        self.files = driver.new_files()
+        self.files = FdTable()
         self.parent = parent
+        self.credentials: Credentials = parent.credentials.copy() if parent else Credentials()
         if parent:
-            self.credentials = parent.credentials.copy()
             parent.space.fork_into(self.space)
             parent.files.fork_into(self.files)
         else:
-            self.credentials = Credentials()
             self.files.start()
             self.mmap(GUARD_BASE, GUARD_BYTES + PAGE_SIZE, 3, MAP_PRIVATE)
             self.space.mprotect(GUARD_BASE + GUARD_BYTES, PAGE_SIZE, 0)
@@ -119,7 +115,15 @@ class Process:
     # Memory.
 
     def mmap(
-        self, addr: int, length: int, prot: int, flags: int, fd: int | None = None, offset: int = 0, *, huge: bool = False
+        self,
+        addr: int,
+        length: int,
+        prot: int,
+        flags: int,
+        fd: int | None = None,
+        offset: int = 0,
+        *,
+        huge: bool = False,
     ) -> None:
         """mmap(2) with MAP_FIXED_NOREPLACE; without an fd MAP_ANONYMOUS, `huge` is MAP_HUGETLB."""
         if offset % PAGE_SIZE:
@@ -146,7 +150,7 @@ class Process:
         private = bool(flags & MAP_PRIVATE)
         if isinstance(file, MemFile):
             return self._memfd_pages(file, length, prot, offset, private=private)
-        if file is None or isinstance(file, CharDev) and file.path == "/dev/zero":
+        if file is None or (isinstance(file, CharDev) and file.path == "/dev/zero"):
             return self.driver.new_pages(offset + length, unit, private=private)
         if isinstance(file, LocalFile):
             raise fail(errno.ENODEV)
@@ -162,9 +166,7 @@ class Process:
         if not private:
             file.get()
             return file
-        copy = file.twin(file.length, private=True)  # differs from Linux: later writes to the file do not show
-        copy.pwrite(0, file.pread(0, file.length))
-        return copy
+        return file.copy()  # differs from Linux: later writes to the file do not show
 
     def memfd_create(self, length: int, *, huge: bool = False) -> int:
         """memfd_create(2) and ftruncate(2)."""
@@ -207,7 +209,7 @@ class Process:
         self.files.close(fd)
 
     def dup(self, fd: int) -> int:
-        return self.files.dup(fd)
+        return self.files.add(self.files.get(fd).get())
 
     def eventfd(self) -> int:
         return self.files.add(EventFd())

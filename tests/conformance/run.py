@@ -118,7 +118,9 @@ class Score:
             print(f"{self.mode}: {len(self.failed)} must be identical and are not: {' '.join(self.failed)}")
 
 
-def run_mode(mode: str, paths: list[Path], required: list[str] | None, new_driver: Callable[[], Driver], *, verbose: bool) -> bool:
+def run_mode(
+    mode: str, paths: list[Path], required: list[str] | None, new_driver: Callable[[], Driver], *, verbose: bool
+) -> bool:
     """Run all programs one way; whether all that count are identical."""
     score = Score(mode, None if required is None else [p.stem for p in paths if p.stem in required], verbose=verbose)
     start = time.monotonic()

@@ -1,0 +1,249 @@
+"""The command `iommufdctl`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .show import Paint
+
+DESCRIPTION = """\
+Look at, try out and check iommufdd, the daemon that serves Linux's /dev/iommu over emulated IOMMU hardware."""
+
+EPILOG = """\
+environment:
+  IOMMUFDD_SOCKET   the daemon's socket, unless --socket-path says so. Without either:
+                    $XDG_RUNTIME_DIR/iommufdd.sock if it exists, else /run/iommufdd/iommufdd.sock
+  NO_COLOR          no colours, even on a terminal
+
+exit status:
+  0 all is well; 1 it did not work: no daemon, or a check failed; 2 wrong usage
+
+examples:
+  iommufdctl demo                       a small VMM against a private daemon, in a second
+  iommufdctl doctor                     what works on this host, and what to do about the rest
+  iommufdctl show                       what the daemon has open
+  iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
+"""
+
+SHOW = """\
+Print what a daemon has open: machines, contexts (open /dev/iommu's), their channels, and their objects. An object
+stands below what it holds, so that whatever stands below keeps DESTROY of the above at EBUSY."""
+
+SHOW_EPILOG = """\
+examples:
+  iommufdctl show
+  iommufdctl show --socket-path ./iommu.sock
+  iommufdctl show --json | jq '.instances[].contexts[].objects[] | select(.type == "IOAS")'
+"""
+
+DOCTOR = """\
+Check what iommufdd needs on this host. Everything is tried, nothing is changed. 'note' marks what is optional,
+'FAIL' what is not; with a FAIL the exit status is 1."""
+
+DOCTOR_EPILOG = """\
+examples:
+  iommufdctl doctor
+  iommufdctl doctor --json | jq '.[] | select(.verdict != "ok")'
+"""
+
+IOCTLS = """\
+List the ioctls of /dev/iommu with their numbers, structs and sizes, the memory their pointers name and the
+descriptors they take and give. The second size is the least that the kernel accepts."""
+
+IOCTLS_EPILOG = """\
+examples:
+  iommufdctl ioctls
+  iommufdctl ioctls HWPT VEVENTQ        those whose names contain one of the words
+  iommufdctl ioctls --json | jq -r '.[] | [.number, .name] | @tsv'
+"""
+
+DEMO = """\
+Start a private daemon and be a small VMM: address space, guest memory, device, DMA, page table with dirty tracking,
+calls that fail and why, and what the daemon has open meanwhile. Needs no privilege and leaves nothing behind."""
+
+DEMO_EPILOG = """\
+example:
+  iommufdctl demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.print_capabilities:
+        return _print_json(capabilities())
+    if args.run is None:
+        parser.print_usage(sys.stderr)
+        print("iommufdctl: give a command; --help lists them", file=sys.stderr)
+        return 2
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has enough (head): that is no error, but nothing more can be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, RuntimeError) as error:
+        print(f"iommufdctl: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def capabilities() -> dict[str, object]:
+    """What this build can do, for programs that start it."""
+    from iommufd_uapi import wire
+    from iommufd_uapi.iommufd import IOCTLS as STRUCTS
+
+    return {
+        "type": "iommufdctl",
+        "version": __version__,
+        "protocol": wire.VERSION,
+        "kernel": "7.2",
+        "commands": ["demo", "doctor", "ioctls", "show"],
+        "features": ["json", "socket-path"],
+        "ioctls": [struct.MACRO for struct in STRUCTS],
+    }
+
+
+# ---- options -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iommufdctl", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=None)
+    parser.add_argument("--version", action="version", version=f"iommufdctl {__version__}")
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print JSON for programs that start this one, and exit"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, summary: str, text: str, epilog: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    show = command("show", "what a daemon has open", SHOW, SHOW_EPILOG)
+    _socket_path(show)
+    show.add_argument("--admin-socket", metavar="PATH", help="its admin socket (default: the socket with .admin)")
+    _json(show)
+    show.set_defaults(run=_show)
+
+    doctor = command("doctor", "what works on this host", DOCTOR, DOCTOR_EPILOG)
+    _socket_path(doctor)
+    _json(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    ioctls = command("ioctls", "the ioctls, their structs and pointers", IOCTLS, IOCTLS_EPILOG)
+    ioctls.add_argument("word", nargs="*", metavar="WORD", help="only those whose names contain it")
+    _json(ioctls)
+    ioctls.set_defaults(run=_ioctls)
+
+    command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
+    return parser
+
+
+def _socket_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--socket-path", metavar="PATH", help="the daemon's socket (default: $IOMMUFDD_SOCKET, ...)")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _print_json(value: object) -> int:
+    import json
+
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def _paint() -> Paint:
+    """Colours on a terminal that has them, unless they are not wanted (https://no-color.org)."""
+    from .show import ansi, plain
+
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return ansi if wanted else plain
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+def _show(args: argparse.Namespace) -> int:
+    from iommufd_uapi import admin as requests
+
+    from .admin import Admin
+    from .connection import default_socket_path
+    from .show import render
+
+    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
+    try:
+        opened = Admin(path)
+    except OSError as error:
+        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
+    with opened as admin:
+        if not args.json:
+            print(render(admin.show(), _paint()))
+            return 0
+        import json
+
+        return _print_json(json.loads(admin.ask(requests.Show())))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .connection import default_socket_path
+    from .doctor import FAIL, OK, examine
+    from .show import BOLD, GREEN, RED, YELLOW
+
+    findings = examine(args.socket_path or default_socket_path())
+    status = 1 if any(finding.verdict == FAIL for finding in findings) else 0
+    if args.json:
+        _print_json([finding._asdict() for finding in findings])
+        return status
+    paint, width = _paint(), max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        mark, colour = {OK: ("ok  ", GREEN), FAIL: ("FAIL", RED)}.get(finding.verdict, ("note", YELLOW))
+        print(f"{paint(mark, colour)}  {paint(finding.topic.ljust(width), BOLD)}  {finding.seen}")
+        if finding.advice:
+            print(f"      {'':{width}}  -> {finding.advice}")
+    return status
+
+
+def _ioctls(args: argparse.Namespace) -> int:
+    from .catalog import entries, text
+
+    words = [word.upper() for word in args.word]
+    found = [entry for entry in entries() if not words or any(word in entry.name for word in words)]
+    if not found:
+        print(f"iommufdctl: no ioctl has {' or '.join(words)} in its name", file=sys.stderr)
+        return 1
+    if args.json:
+        return _print_json([entry._asdict() for entry in found])
+    print(text(found, _paint()))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    return run(_paint())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""One ioctl, there and back: what the daemon adds to a bare exchange of packets."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from iommufd_client.iommufd import Iommufd
+
+from .measure import US, Aim, Bench, Case, Plan, client_cpu, server_cpu
+from .peers import OPTION_REPLY, Pinger, daemon, option_get, pinger, request, timed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+AIM = 1.9
+FLOOR = "C to C, no daemon"
+
+
+class Placement(NamedTuple):
+    """Who runs where."""
+
+    name: str
+    cpu: int  # of the daemon
+    options: tuple[str, ...] = ()
+    aim: Aim | None = None
+
+
+def placements(*, spin: bool = True) -> list[Placement]:
+    """One CPU for both, a CPU for each, and the daemon polling a while before it sleeps."""
+    found = [Placement("one CPU", client_cpu(), aim=Aim(ratio=AIM))]
+    if (other := server_cpu()) is not None:
+        found.append(Placement("two CPUs", other))
+        if spin:
+            found.append(Placement("two CPUs, --spin-us 60", other, ("--spin-us", "60")))
+    return found
+
+
+@contextmanager
+def cases(plan: Plan) -> Iterator[list[Case]]:
+    found: list[Case] = []
+    with ExitStack() as stack:
+        c = stack.enter_context(pinger())
+        for place in placements():
+            path = stack.enter_context(daemon(place.cpu, *place.options)).socket_path
+            iommufd = stack.enter_context(Iommufd(path))
+            found += _cases(plan, c, place, path, iommufd)
+        yield found
+
+
+def _cases(plan: Plan, c: Pinger, place: Placement, path: str, iommufd: Iommufd) -> list[Case]:
+    count = plan.count(5_000)
+    floor = Case(FLOOR, place.name, c.pair(place.cpu, count))
+    return [
+        floor,
+        Case("C client, daemon", place.name, c.call(path, count), base=floor, aim=place.aim),
+        Case("Python client, daemon", place.name, _python(iommufd, count), base=floor),
+    ]
+
+
+def _python(iommufd: Iommufd, count: int) -> Callable[[], float]:
+    struct = option_get()
+    return lambda: timed(lambda: iommufd.ioctl(struct), count)
+
+
+BENCH = Bench(
+    "roundtrip",
+    f"one IOMMU_OPTION GET: {len(request(option_get()))} bytes there, {OPTION_REPLY} back",
+    US,
+    f"how many times '{FLOOR}'",
+    cases,
+)

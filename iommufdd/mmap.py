@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import EINVAL, ENXIO, EPERM
 from .objects import Holder, IommufdObject
@@ -14,14 +14,28 @@ if TYPE_CHECKING:
     from .iommu import ops
 
 
+class Backing(Protocol):
+    """What the server has put behind a region, to show it to processes."""
+
+    def close(self) -> None: ...
+
+
 class MmapRegion:
-    """struct iommufd_mmap: `data` is the memory; the server gives it a file when somebody maps it."""
+    """struct iommufd_mmap: `data` is the memory; whoever shows it to processes moves it to a file."""
+
+    backing: Backing | None = None
 
     def __init__(self, owner: IommufdObject, offset: int, length: int) -> None:
         self.owner = owner
         self.offset = offset
         self.length = length
-        self.data: bytearray = bytearray(length)
+        self.data = memoryview(bytearray(length))
+
+    def move(self, data: memoryview, backing: Backing) -> None:
+        """From now on the bytes are those of `data`; backing.close() is called when the region goes."""
+        data[: self.length] = self.data
+        self.data = data
+        self.backing = backing
 
 
 class Vma(File, Holder):
@@ -61,7 +75,9 @@ class MmapRegions:
 
     def destroy(self, region: ops.MmapRegion) -> None:
         """_iommufd_destroy_mmap()"""
-        del self._regions[region.offset]
+        backing = self._regions.pop(region.offset).backing
+        if backing is not None:
+            backing.close()
 
     def mmap(self, ictx: Context, offset: int, length: int, prot: int, flags: int) -> Vma:
         """iommufd_fops_mmap(): EINVAL, EPERM, ENXIO unless exactly one region is asked for."""

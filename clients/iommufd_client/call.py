@@ -162,15 +162,18 @@ class Call:
 
 
 class MmapCall(Call):
-    """MMAP, whose answer is a descriptor."""
+    """MMAP, whose answer is a file with the registers, and `mapping`: a descriptor that stands for the mapping."""
 
-    __slots__ = ()
+    __slots__ = ("mapping",)
 
     def result(self, value: int, fds: Descriptors) -> int:
-        return fds.take(fds.first) if value >= 0 else value
+        if value < 0:
+            return value
+        self.mapping = fds.take(fds.first + 1)
+        return fds.take(fds.first)
 
 
-def mmap(length: int, offset: int, prot: int, flags: int) -> Call:
+def mmap(length: int, offset: int, prot: int, flags: int) -> MmapCall:
     """mmap(2) on the context."""
     data = wire.RegisterBody(0, length, offset, prot, flags).pack()
     return MmapCall(wire.Op.MMAP, 0, [Segment(0, data, len(data), 0)])

@@ -40,12 +40,13 @@ class ProtocolError(ConnectionError):
 # ---- hello -------------------------------------------------------------------------------------------------
 
 
-def hello(kind: int, *, mm: int = 0, machine: str = "", device: str = "") -> bytes:
-    """The first packet. ValueError if a name takes more than 32 bytes."""
+def hello(kind: int, *, mm: int = 0, machine: str = "", device: str = "", container: bool = False) -> bytes:
+    """The first packet; container: as /dev/vfio/vfio. ValueError if a name takes more than 32 bytes."""
     names = machine.encode(), device.encode()
     if max(map(len, names)) > 32:
         raise ValueError("the name of a machine or a device takes at most 32 bytes")
-    return wire.Hello(kind=kind, mm=mm, machine=names[0], device=names[1]).pack()
+    flags = wire.HELLO_CONTAINER if container else 0
+    return wire.Hello(kind=kind, flags=flags, mm=mm, machine=names[0], device=names[1]).pack()
 
 
 def welcome(data: bytes) -> int:

@@ -87,11 +87,12 @@ class Connection:
         mm: int = 0,
         machine: str = "",
         device: str = "",
+        container: bool = False,
         context: HasFileno | int | None = None,
         explain: bool = False,
     ) -> None:
         """OSError if there is no daemon, IommufdOSError if it refuses."""
-        first = hello(kind, mm=mm, machine=machine, device=device)
+        first = hello(kind, mm=mm, machine=machine, device=device, container=container)
         self.socket_path = socket_path or default_socket_path()
         self.explain = explain
         self._device = kind == wire.Kind.DEVICE
@@ -312,11 +313,8 @@ class Connection:
 
     def mmap(self, length: int, offset: int, prot: int = 3, flags: int = 1) -> Mapping:
         """mmap(2) of the iommufd: the region at an offset that VIOMMU_ALLOC gave."""
-        return Mapping(self._call(calls.mmap(length, offset, prot, flags)), length, prot, self)
-
-    def munmap(self, fd: HasFileno | int) -> None:
-        """munmap(2) of the region that a descriptor of `mmap` shows: its owner is free again."""
-        self._call(calls.Call(wire.Op.MUNMAP, file=fd_number(fd)))
+        call = calls.mmap(length, offset, prot, flags)
+        return Mapping(self._call(call), call.mapping, length, prot)
 
     # ---- the end ----
 

@@ -71,7 +71,6 @@ class Channel(Protocol):
 
     def read(self, fd: HasFileno | int, count: int) -> bytes: ...
     def write(self, fd: HasFileno | int, data: Buffer) -> int: ...
-    def munmap(self, fd: HasFileno | int) -> None: ...
 
 
 class File(Fd):
@@ -93,20 +92,22 @@ class File(Fd):
 
 
 class Mapping(Fd):
-    """Registers of a vIOMMU, mapped here; as long as they are, their owner is busy."""
+    """Registers of a vIOMMU, mapped here; as long as the descriptor is open, in any process, their owner is busy."""
 
-    __slots__ = ("_channel", "_map", "view")
+    __slots__ = ("_map", "view")
 
-    def __init__(self, fd: int, length: int, prot: int, channel: Channel) -> None:
+    def __init__(self, registers: int, fd: int, length: int, prot: int) -> None:
+        """Takes over both descriptors: the file with the registers, and the one that stands for the mapping."""
         super().__init__(fd)
         import mmap
 
-        self._channel = channel
         try:
-            self._map: mmap.mmap = mmap.mmap(fd, length, prot=prot)
+            self._map: mmap.mmap = mmap.mmap(registers, length, prot=prot)
         except BaseException:
-            self._unmapped()
+            super().close()
             raise
+        finally:
+            os.close(registers)
         self.view = memoryview(self._map)  #: the registers
 
     def close(self) -> None:
@@ -115,15 +116,7 @@ class Mapping(Fd):
             return
         self.view.release()
         self._map.close()
-        self._unmapped()
-
-    def _unmapped(self) -> None:
-        try:
-            self._channel.munmap(self)
-        except ConnectionError:
-            pass  # the daemon is gone
-        finally:
-            super().close()
+        super().close()
 
 
 def fd_number(fd: HasFileno | int) -> int:

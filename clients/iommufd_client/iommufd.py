@@ -48,15 +48,23 @@ class Iommufd(Connection):
 
     The socket is `socket_path`, else $IOMMUFDD_SOCKET, $XDG_RUNTIME_DIR/iommufdd.sock, or
     /run/iommufdd/iommufdd.sock. Machines of one name share their devices; without a name it is private.
-    With `explain` every IommufdOSError says why, at some cost.
+    With `explain` every IommufdOSError says why, at some cost. A `container` is opened as /dev/vfio/vfio: pinned
+    memory is charged by process, as VFIO does.
 
     One call at a time: a thread that does not want to wait for another takes a `channel()`; so must a process
     after a fork.
     """
 
-    def __init__(self, socket_path: str | None = None, *, machine: str = "", explain: bool = False) -> None:
+    def __init__(
+        self,
+        socket_path: str | None = None,
+        *,
+        machine: str = "",
+        container: bool = False,
+        explain: bool = False,
+    ) -> None:
         """OSError if there is no daemon, IommufdOSError if it refuses."""
-        super().__init__(socket_path, machine=machine, explain=explain)
+        super().__init__(socket_path, machine=machine, container=container, explain=explain)
 
     @classmethod
     def from_identity(

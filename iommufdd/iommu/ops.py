@@ -101,7 +101,7 @@ class MmapRegion(Protocol):
 
     offset: int
     length: int
-    data: bytearray
+    data: memoryview
 
 
 class IommuOps(Protocol):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .credentials import Peer
-    from .files import Pipe
+    from .files import Loan, Pipe
     from .instance import AddressSpace, OpenContext
     from .packet import Request
     from .segments import Segment
@@ -37,7 +37,7 @@ ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 CUT_OFF = socket.MSG_CTRUNC | socket.MSG_TRUNC
 MSG_CMSG_CLOEXEC = 0x4000_0000  # include/linux/socket.h; no constant of Python's
 NO_FDS: list[int] = []
-NO_PIPES: list[Pipe] = []
+NO_PIPES: list[Pipe | Loan] = []
 FROM_CLIENT = select.EPOLLIN | select.EPOLLRDHUP
 
 
@@ -62,7 +62,7 @@ class Channel:
         self.joined = False  # a context
         self.closing = False  # once the reply that is on its way has left
         self.memory = SegmentMemory()
-        self._pending: tuple[bytes, list[int], list[Pipe]] | None = None
+        self._pending: tuple[bytes, list[int], list[Pipe | Loan]] | None = None
         server.channels.add(self)
         server.reactor.register(self.fd, self, FROM_CLIENT)
 
@@ -217,7 +217,7 @@ class Channel:
         for op, flags, cmd, arg, segments in requests:
             records = memory.load(segments)
             if op:
-                result = self._operate(op, cmd, segments)
+                result = self._operate(op, cmd, arg, segments)
             else:
                 result = ioctl(caller, cmd, segments[arg][0] if arg != NONE else 0)
             reason = caller.error.reason if flags and result < 0 and caller.error is not None else ""
@@ -226,18 +226,18 @@ class Channel:
         caller.error = None  # it keeps the frames of the call alive
         return parts
 
-    def _operate(self, op: int, cmd: int, segments: tuple[Segment, ...]) -> int:
+    def _operate(self, op: int, cmd: int, arg: int, segments: tuple[Segment, ...]) -> int:
         caller = self.caller
         caller.error = None
         try:
-            return OPERATIONS[op](self, cmd, segments)
+            return OPERATIONS[op](self, cmd, arg, segments)
         except IommufdError as error:
             caller.error = error
             return -error.errno
 
     # ---- sending ----
 
-    def _send(self, data: bytes, fds: list[int], pipes: list[Pipe]) -> None:
+    def _send(self, data: bytes, fds: list[int], pipes: list[Pipe | Loan]) -> None:
         """Send now, or keep it until the peer has read; then its descriptors are no longer ours."""
         try:
             if fds:
@@ -262,7 +262,7 @@ class Channel:
             self._pending = None
             self.server.reactor.modify(self.fd, FROM_CLIENT)
 
-    def _sent(self, pipes: list[Pipe]) -> None:
+    def _sent(self, pipes: list[Pipe | Loan]) -> None:
         for pipe in pipes:
             self.server.pipes.sent(pipe)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .nofile import Nofile
 
 FileKey = tuple[int, int, int]
-READABLE = ~(select.POLLOUT | select.POLLWRNORM)  # what a read end can show; it is never writable
+READABLE = ~(select.POLLOUT | select.POLLWRNORM)  # what a byte in the pipe shows
 
 
 def file_key(fd: int) -> FileKey:
@@ -49,6 +49,11 @@ class Pipe:
         self.read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.key = file_key(self.write_fd)
 
+    def make_writable(self) -> None:
+        """The client's end polls writable too: an end for reading and writing, never full."""
+        os.close(self.read_fd)
+        self.read_fd = os.open(f"/proc/self/fd/{self.write_fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
     def show(self) -> None:
         """Make the pipe readable exactly while the file is (File.on_change)."""
         assert self.file is not None
@@ -63,6 +68,16 @@ class Pipe:
                 drain(self.write_fd)
         except OSError:
             pass  # the last reader has gone, or has filled the pipe itself: its own loss
+
+
+class Loan:
+    """A descriptor that is only passed on: the daemon keeps no end of it."""
+
+    __slots__ = ("read_fd", "uid")
+
+    def __init__(self, fd: int, uid: int) -> None:
+        self.read_fd = fd
+        self.uid = uid
 
 
 class Pipes:
@@ -88,7 +103,16 @@ class Pipes:
         os.close(pipe.write_fd)
         self.nofile.uncharge(pipe.uid, 1)
 
-    def sent(self, pipe: Pipe) -> None:
+    def lend(self, fd: int, uid: int) -> Loan:
+        """A copy of one of the daemon's descriptors; EMFILE."""
+        self.nofile.charge(uid, 1)
+        try:
+            return Loan(os.dup(fd), uid)
+        except OSError:
+            self.nofile.uncharge(uid, 1)
+            raise EMFILE("the daemon has no descriptor left") from None
+
+    def sent(self, pipe: Pipe | Loan) -> None:
         """The read end has left for the client, or never will: the daemon closes its copy."""
         os.close(pipe.read_fd)
         self.nofile.uncharge(pipe.uid, 1)
@@ -96,6 +120,8 @@ class Pipes:
     def publish(self, pipe: Pipe, file: File) -> None:
         """Watch the pipe; the caller's reference of the file goes with the last descriptor."""
         pipe.file = file
+        if file.poll() & select.POLLOUT:
+            pipe.make_writable()
         self.by_key[pipe.key] = self._by_fd[pipe.write_fd] = pipe
         self.closers.register(pipe.write_fd, 0)  # EPOLLERR is always reported
         file.on_change = pipe.show
@@ -137,7 +163,7 @@ class Descriptors:
         self.pipes = pipes
         self.page_files = page_files
         self.received: list[int] = []  # closed by end()
-        self.outgoing: list[Pipe] = []
+        self.outgoing: list[Pipe | Loan] = []
         self.missing = -1  # an index that was used and not sent
         self._files: dict[int, File] = {}
 
@@ -175,22 +201,33 @@ class Descriptors:
         return file
 
     def get_unused_fd(self) -> int:
-        if len(self.outgoing) == MAX_FDS:
-            raise EMFILE(f"a reply carries at most {MAX_FDS} descriptors")
+        self._room()
         self.outgoing.append(self.pipes.reserve(self.context, self.uid))
         return len(self.outgoing) - 1
 
+    def lend(self, fd: int) -> None:
+        """Send a copy of one of the daemon's own descriptors along; EMFILE."""
+        self._room()
+        self.outgoing.append(self.pipes.lend(fd, self.uid))
+
+    def _room(self) -> None:
+        if len(self.outgoing) == MAX_FDS:
+            raise EMFILE(f"a reply carries at most {MAX_FDS} descriptors")
+
     def put_unused_fd(self, fd: int) -> None:
         pipe = self.outgoing[fd]
+        assert isinstance(pipe, Pipe)
         self.pipes.release(pipe)
         if fd == len(self.outgoing) - 1:
             self.outgoing.pop()
             self.pipes.sent(pipe)  # else its index must stay taken, and a dead pipe goes along
 
     def fd_install(self, fd: int, file: File) -> None:
-        self.pipes.publish(self.outgoing[fd], file)
+        pipe = self.outgoing[fd]
+        assert isinstance(pipe, Pipe)
+        self.pipes.publish(pipe, file)
 
-    def take(self) -> list[Pipe]:
+    def take(self) -> list[Pipe | Loan]:
         """The descriptors that go with the reply; the list is the caller's."""
         taken, self.outgoing = self.outgoing, []
         return taken

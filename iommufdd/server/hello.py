@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import MAGIC, VERSION, Hello, HelloReply, Kind
+from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, VERSION, Hello, HelloReply, Kind
 from iommufdd.errors import EBADF, EINVAL, ENOENT, IommufdError, ProtocolError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _join(channel: Channel, hello: Hello, fds: Sequence[int]) -> None:
 def _context(channel: Channel, hello: Hello, machine: str, fds: Sequence[int]) -> OpenContext:
     instances = channel.server.instances
     if hello.kind == Kind.IOMMUFD:
-        return instances.open(machine, channel.peer.uid)
+        return instances.open(machine, channel.peer.uid, container=bool(hello.flags & HELLO_CONTAINER))
     context = instances.find(fds[0])
     context.ctx.get()
     return context
@@ -65,7 +65,8 @@ def _context(channel: Channel, hello: Hello, machine: str, fds: Sequence[int]) -
 
 def _check(hello: Hello, fds: Sequence[int]) -> tuple[str, str]:
     """The names of the machine and the device. EINVAL, EBADF."""
-    if hello.flags or hello.reserved or hello.reserved2 or hello.kind > Kind.DEVICE:
+    known = HELLO_CONTAINER if hello.kind == Kind.IOMMUFD else 0
+    if hello.flags & ~known or hello.reserved or hello.reserved2 or hello.kind > Kind.DEVICE:
         raise EINVAL(f"kind {hello.kind}, or a field that must be zero is not")
     machine, device = _name(hello.machine), _name(hello.device)
     if hello.kind == Kind.CHANNEL:

@@ -36,8 +36,8 @@ class Instance:
 class OpenContext:
     """One open /dev/iommu: the context, and the memfd whose inode is its identity."""
 
-    def __init__(self, instance: Instance, uid: int) -> None:
-        """EMFILE."""
+    def __init__(self, instance: Instance, uid: int, *, container: bool) -> None:
+        """container: as /dev/vfio/vfio. EMFILE."""
         self.instance = instance
         self.uid = uid
         instance.instances.nofile.charge(uid)
@@ -48,7 +48,7 @@ class OpenContext:
             raise EMFILE("the daemon has no descriptor left") from None
         fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED)
         self.key = file_key(self.identity)
-        self.ctx = Context(instance.machine)
+        self.ctx = Context(instance.machine, container=container)
         instance.contexts.add(self)
         instance.instances.contexts[self.key] = self
 
@@ -74,12 +74,12 @@ class Instances:
         """Every instance that has a context."""
         return iter({context.instance: None for context in self.contexts.values()})
 
-    def open(self, name: str, uid: int) -> OpenContext:
+    def open(self, name: str, uid: int, *, container: bool = False) -> OpenContext:
         """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
         instance = self._named.get(name)
         if instance is None:
             instance = Instance(self, self._new_machine(name))
-        context = OpenContext(instance, uid)
+        context = OpenContext(instance, uid, container=container)
         if name:
             self._named[name] = instance
         return context

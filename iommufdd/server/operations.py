@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from iommufd_uapi.wire import NONE, REGISTER_PRIVATE, Op
-from iommufdd.errors import EBADF, EINVAL, ENODEV, ENOMEM, EPERM
+from iommufdd.errors import EBADF, EINVAL, ENODEV, ENOMEM, EPERM, IommufdError
 from iommufdd.mm import Region
 from iommufdd.user import PAGE_MASK
 
 from .memory import PrivateFile, SharedFile
 from .packet import body_of
+from .registers import registers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,19 +28,17 @@ ADDRESS_END = 1 << 64
 OFFSET_END = 1 << 63
 
 
-def read(channel: Channel, index: int, segments: tuple[Segment, ...]) -> int:
-    """read(2) on a file handed out: segment 0 is the buffer."""
-    addr, _, count, _ = segments[0]
-    return channel.caller.fget(index).read(channel.caller, addr, min(count, MAX_RW_COUNT))
+def read(channel: Channel, index: int, count: int, segments: tuple[Segment, ...]) -> int:
+    """read(2) on a file handed out: segment 0 is what of the buffer can be written."""
+    return channel.caller.fget(index).read(channel.caller, segments[0][0], min(count, MAX_RW_COUNT))
 
 
-def write(channel: Channel, index: int, segments: tuple[Segment, ...]) -> int:
-    """write(2) on a file handed out: segment 0 is the buffer."""
-    addr, count, _, _ = segments[0]
-    return channel.caller.fget(index).write(channel.caller, addr, min(count, MAX_RW_COUNT))
+def write(channel: Channel, index: int, count: int, segments: tuple[Segment, ...]) -> int:
+    """write(2) on a file handed out: segment 0 is what of the buffer can be read."""
+    return channel.caller.fget(index).write(channel.caller, segments[0][0], min(count, MAX_RW_COUNT))
 
 
-def register(channel: Channel, index: int, segments: tuple[Segment, ...]) -> int:
+def register(channel: Channel, index: int, _: int, segments: tuple[Segment, ...]) -> int:
     """mmap(MAP_FIXED) of a file into the channel's address space. EINVAL, EBADF, ENODEV, EPERM, ENOMEM."""
     body = body_of(segments)
     _check_range(body)
@@ -62,7 +61,7 @@ def register(channel: Channel, index: int, segments: tuple[Segment, ...]) -> int
     return 0
 
 
-def unregister(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
+def unregister(channel: Channel, _: int, __: int, segments: tuple[Segment, ...]) -> int:
     """munmap(2). EINVAL."""
     body = body_of(segments)
     _check_range(body)
@@ -70,23 +69,18 @@ def unregister(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
     return 0
 
 
-def protect(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
+def protect(channel: Channel, _: int, __: int, segments: tuple[Segment, ...]) -> int:
     """mprotect(2). EINVAL, ENOMEM where nothing is mapped."""
     body = body_of(segments)
     _check_range(body)
     readable, writable = bool(body.prot & PROT_READ), bool(body.prot & PROT_WRITE)
     mm, end = channel.space.mm, body.addr + body.length
-    # protect() takes each region out before it puts it back: its file must not go with it.
-    files = [region.file.get() for region in mm.regions() if region.start < end and region.end > body.addr]
-    whole = mm.protect(body.addr, end, readable=readable, writable=writable)
-    for file in files:
-        file.put()
-    if not whole:
+    if not mm.protect(body.addr, end, readable=readable, writable=writable):
         raise ENOMEM(f"not all of [{body.addr:#x}, {end:#x}) is registered")
     return 0
 
 
-def scratch(channel: Channel, index: int, _: tuple[Segment, ...]) -> int:
+def scratch(channel: Channel, index: int, _: int, __: tuple[Segment, ...]) -> int:
     """The scratch file from now on. EBADF, EINVAL."""
     if index == NONE:
         raise EBADF("no scratch file was sent")
@@ -94,21 +88,24 @@ def scratch(channel: Channel, index: int, _: tuple[Segment, ...]) -> int:
     return 0
 
 
-def mmap(channel: Channel, _: int, segments: tuple[Segment, ...]) -> int:
-    """mmap(2) on the context: registers of a device. What Context.mmap() raises; ENODEV."""
+def mmap(channel: Channel, _: int, __: int, segments: tuple[Segment, ...]) -> int:
+    """mmap(2) on the context: a file with the registers, and a descriptor that stands for the mapping.
+
+    What Context.mmap() raises; EMFILE.
+    """
     body = body_of(segments)
-    file = channel.context.ctx.mmap(channel.caller, body.offset, body.length, body.prot, body.flags)
-    file.put()
-    raise ENODEV("registers are not served over the socket yet")
+    files, caller = channel.files, channel.caller
+    vma = channel.context.ctx.mmap(caller, body.offset, body.length, body.prot, body.flags)
+    try:
+        files.lend(registers_of(vma.region, channel.server.nofile, channel.peer.uid).fd)
+        files.fd_install(caller.get_unused_fd(), vma)
+    except IommufdError:
+        vma.put()
+        raise
+    return 0
 
 
-def munmap(channel: Channel, index: int, _: tuple[Segment, ...]) -> int:
-    """munmap(2) of what MMAP gave, which is nothing yet. EBADF, EINVAL."""
-    channel.caller.fget(index)
-    raise EINVAL("the descriptor is no mapping")
-
-
-def close(channel: Channel, _: int, __: tuple[Segment, ...]) -> int:
+def close(channel: Channel, _: int, __: int, ___: tuple[Segment, ...]) -> int:
     """close(2): everything is undone before the reply leaves."""
     channel.leave()
     channel.closing = True
@@ -120,14 +117,13 @@ def _check_range(body: RegisterBody) -> None:
         raise EINVAL(f"[{body.addr:#x}, +{body.length:#x}) is not a range of whole pages")
 
 
-OPERATIONS: dict[int, Callable[[Channel, int, tuple[Segment, ...]], int]] = {
+OPERATIONS: dict[int, Callable[[Channel, int, int, tuple[Segment, ...]], int]] = {
     Op.READ: read,
     Op.WRITE: write,
     Op.REGISTER: register,
     Op.UNREGISTER: unregister,
     Op.SCRATCH: scratch,
     Op.MMAP: mmap,
-    Op.MUNMAP: munmap,
     Op.PROTECT: protect,
     Op.CLOSE: close,
 }

@@ -49,7 +49,8 @@ SEGMENT_ROOM = 24  # of the reply, for each inline segment after the second
 FD_COMMANDS = frozenset(
     [TestCmd.CMD, *(ioctl.CMD for ioctl in IOCTLS if any(fd.direction is Direction.IN for fd in ioctl.FDS))]
 )
-INDEXED = frozenset((Op.READ, Op.WRITE, Op.REGISTER, Op.SCRATCH, Op.MUNMAP))  # cmd: index of a descriptor
+KNOWN = frozenset(Op)
+INDEXED = frozenset((Op.READ, Op.WRITE, Op.REGISTER, Op.SCRATCH))  # cmd: index of a descriptor
 BODIED = frozenset((Op.REGISTER, Op.UNREGISTER, Op.MMAP, Op.PROTECT))  # segment 0 is a RegisterBody
 BUFFERED = frozenset((Op.READ, Op.WRITE))  # segment 0 is the buffer
 
@@ -93,7 +94,7 @@ def _general(packet: bytes, at: int, size: int) -> tuple[tuple[Segment, ...], in
     body, end = at + 16 + 32 * count, at + length
     if length & 7 or body > end or end > size:
         raise ProtocolError("a length does not add up")
-    if op > Op.CLOSE or flags & ~REASON:
+    if op not in KNOWN or flags & ~REASON:
         raise ProtocolError(f"unknown operation {op} or flags {flags:#x}")
     if count > MAX_SEGMENTS or (op == Op.IOCTL and arg != NONE and arg >= count):
         raise ProtocolError(f"{count} segments, the argument is number {arg}")

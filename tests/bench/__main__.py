@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import roundtrip, depth
+from . import depth, dirty, mapping, replay, roundtrip, startup
 from .measure import Plan, Unavailable, measure
 from .table import as_json, progress, table
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BENCHES: dict[str, Bench] = {
     bench.name: bench
-    for bench in (roundtrip.BENCH, depth.BENCH)
+    for bench in (roundtrip.BENCH, depth.BENCH, mapping.BENCH, dirty.BENCH, replay.BENCH, startup.BENCH)
 }
 
 EPILOG = """\

@@ -30,6 +30,8 @@ class Pages:
 
     def read(self, addr: int, length: int) -> bytes:
         length = self._span(addr, length, set())
+        if not length:
+            return b""
         first = addr - addr % PAGE
         whole = b"".join(self.pages[at] for at in range(first, addr + length, PAGE))
         return bytes(whole[addr - first : addr - first + length])

@@ -234,7 +234,8 @@ class OverSocket(Driver):
         self.admin.credentials(self.homes[process].mm, uid=cred.uid, caps=caps, memlock=cred.memlock)
 
     def open(self, process: Process, path: str) -> File:
-        channel = Connection(self.socket_path, machine=self.machine, mm=self.homes[process].mm)
+        mm, container = self.homes[process].mm, path == "/dev/vfio/vfio"
+        channel = Connection(self.socket_path, machine=self.machine, mm=mm, container=container)
         self.credentials_changed(process)
         context = RemoteContext(process, channel)
         self.contexts.append(context)
@@ -273,7 +274,6 @@ class OverSocket(Driver):
         if not isinstance(file, RemoteContext):
             raise fail(errno.ENODEV)
         mapping = self._channel(process, file).mmap(length, offset, prot, flags)
-        mapping._channel = self.homes[process]  # the iommufd may be closed before the mapping goes
         return Registers(mapping, offset)
 
 

@@ -48,6 +48,12 @@ class Admin:
         self.file.close()
         self.sock.close()
 
+    def __enter__(self) -> Admin:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
 
 class Daemon:
     """`iommufdd` as a child: started, told to stop, or found dead."""
@@ -58,6 +64,7 @@ class Daemon:
         self.ready.settimeout(START_TIMEOUT)
         self.ready.bind(str(directory / "notify"))
         self.stderr = tempfile.TemporaryFile()
+        self.peers: list[Peer] = []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment |= {"NOTIFY_SOCKET": str(directory / "notify")} | popen.pop("env", {})
         command = [sys.executable, "-m", "iommufdd.cli", *options]
@@ -81,6 +88,19 @@ class Daemon:
     def admin(self) -> Admin:
         return Admin(self.path + ".admin")
 
+    def connect(self, path: str | socket.socket = "", **options) -> Peer:
+        """A peer, closed when the daemon is stopped."""
+        peer = Peer(path or self.path, **options)
+        self.peers.append(peer)
+        return peer
+
+    def forget(self) -> None:
+        """Close what tests have left open."""
+        for peer in self.peers:
+            peer.close()
+        self.ready.close()
+        self.stderr.close()
+
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Its exit status; ends only this process, by its pid."""
         if self.process.poll() is None:
@@ -91,8 +111,6 @@ class Daemon:
             self.process.kill()
             self.process.wait()
             raise
-        finally:
-            self.ready.close()
 
 
 @pytest.fixture
@@ -113,7 +131,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
     for daemon in daemons:
         daemon.stop()
         text = daemon.log()
-        daemon.stderr.close()
+        daemon.forget()
         assert "Traceback" not in text
         assert "event=bug" not in text
 

@@ -115,8 +115,8 @@ class Peer:
     def __init__(self, where: str | socket.socket, *, greet: bool = True, fds: list[int] | None = None, **fields):
         if isinstance(where, str):
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.sock.connect(where)  # waits when many connect at once; with a timeout it would fail
             self.sock.settimeout(TIMEOUT)
-            self.sock.connect(where)
         else:
             self.sock = where
         self.identity = -1

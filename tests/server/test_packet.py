@@ -73,7 +73,7 @@ BROKEN = {
     "write index": request(wire.Op.WRITE, 1, [Segment(0, bytes(8))]),
     "register index": body(wire.Op.REGISTER, 7),
     "scratch index": request(wire.Op.SCRATCH, 0),
-    "munmap index": request(wire.Op.MUNMAP, 0xFFFFFFFE),
+    "a retired operation": request(7, 0xFFFFFFFE),
     "file index": ioctl(iommufd.IoasMapFile(fd=0)),
     "access index": ioctl(test_cmd(iommufd_test.IOMMU_TEST_OP_ACCESS_PAGES, 3)),
     "request after close": request(wire.Op.CLOSE) + ALLOC,

@@ -43,7 +43,6 @@ class Op(IntEnum):
     UNREGISTER = 4
     SCRATCH = 5
     MMAP = 6
-    MUNMAP = 7
     PROTECT = 8
     CLOSE = 9
 
@@ -61,6 +60,7 @@ class Where(IntEnum):
     SCRATCH = 1
 
 
+HELLO_CONTAINER = 1  #: Hello.flags: as /dev/vfio/vfio, pinned memory is charged by process
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 
 

@@ -1,0 +1,191 @@
+"""Files of clients: identity, rights, and what no client can do to the daemon by shrinking one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from iommufdd.errors import EMFILE
+from iommufdd.server.memory import OtherFile, PageFiles, PrivateFile, SharedFile
+from iommufdd.server.nofile import SPARE, Nofile
+from tests.server.peer import close_all, memfd
+
+PAGE = 4096
+UID = 1000
+
+
+@pytest.fixture
+def files():
+    made = PageFiles(Nofile(1024))
+    yield made
+    assert len(made) == 0
+    assert made.nofile.total == 0
+    made.close()
+
+
+def test_one_file_per_inode(files):
+    fd = memfd(PAGE)
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    one, two = files.open(fd, UID), files.open(again, UID)
+    assert one is two
+    assert one.pinnable
+    close_all([fd, again])
+    assert one.pread(0, 10) == bytes(10)  # the daemon has its own descriptor
+    one.put()
+    assert len(files) == 1
+    two.put()
+
+
+def test_read_only_descriptors_do_not_borrow_a_right(files):
+    fd = memfd(PAGE)
+    readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    one, two = files.open(fd, UID), files.open(readonly, UID)
+    assert one is not two
+    assert one.pwrite(0, b"seen") == 4
+    assert two.pread(0, 4) == b"seen"
+    assert two.pwrite(0, b"no") == 0
+    assert one.pread(0, 4) == b"seen"
+    one.put()
+    two.put()
+    close_all([fd, readonly])
+
+
+def test_other_files(files):
+    left, right = socket.socketpair()
+    fds = [os.open(os.devnull, os.O_RDWR), os.eventfd(0), *os.pipe(), os.open("/", os.O_RDONLY)]
+    for fd in [*fds, left.fileno(), right.fileno()]:
+        file = files.open(fd, UID)
+        assert isinstance(file, OtherFile)
+        file.put()
+    path_only = os.open("/", os.O_PATH)
+    assert files.open(path_only, UID) is None
+    close_all([*fds, path_only])
+    left.close()
+    right.close()
+
+
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK], ids=["none", "grow", "shrink"])
+def test_reading_and_writing(files, seals):
+    fd = memfd(PAGE + 100, seals)
+    file = files.open(fd, UID)
+    assert isinstance(file, SharedFile)
+    assert file.size() == PAGE + 100
+    assert file.pwrite(PAGE, b"x" * 200) == 100  # never beyond the end
+    assert file.size() == PAGE + 100
+    assert file.pread(PAGE - 2, 5) == b"\0\0xxx"
+    assert file.pread(PAGE + 98, 10) == b"xx"
+    assert file.pread(PAGE + 100, 10) == b""
+    assert file.pread(2**64, 10) == b""
+    assert file.pwrite(2**64, b"x") == 0
+    os.pwrite(fd, b"client", 0)
+    assert file.pread(0, 6) == b"client"
+    file.put()
+    os.close(fd)
+
+
+def test_growing(files):
+    fd = memfd(PAGE, fcntl.F_SEAL_SHRINK)
+    file = files.open(fd, UID)
+    assert file.pread(0, 8) == bytes(8)
+    os.ftruncate(fd, 4 * PAGE)
+    os.pwrite(fd, b"new", 3 * PAGE)
+    assert file.pread(3 * PAGE, 3) == b"new"
+    assert file.pwrite(2 * PAGE, b"too") == 3
+    file.put()
+    os.close(fd)
+
+
+def test_shrinking_kills_nobody(files):
+    fd = memfd(4 * PAGE, 0)
+    file = files.open(fd, UID)
+    assert file.pwrite(3 * PAGE, b"x") == 1
+    os.ftruncate(fd, 0)
+    assert file.pread(3 * PAGE, 1) == b""
+    assert file.pwrite(3 * PAGE, b"x") == 0
+    file.put()
+    os.close(fd)
+
+
+def test_sealed_later(files):
+    """Seals are looked at again when the file comes again."""
+    fd = memfd(PAGE, 0)
+    file = files.open(fd, UID)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)
+    again = files.open(fd, UID)
+    assert again.pread(0, 4) == bytes(4)
+    assert again.pwrite(0, b"x") == 0
+    file.put()
+    again.put()
+    os.close(fd)
+
+
+def test_empty_and_sealed(files):
+    fd = memfd(0, fcntl.F_SEAL_SHRINK)
+    file = files.open(fd, UID)
+    assert file.pread(0, 4) == b""
+    assert file.pwrite(0, b"x") == 0
+    file.put()
+    os.close(fd)
+
+
+def test_mapping_counts_as_a_descriptor(files):
+    fd = memfd(PAGE)
+    file = files.open(fd, UID)
+    assert files.nofile.taken == {UID: 1}
+    file.pread(0, 1)
+    assert files.nofile.taken == {UID: 2}
+    file.put()
+    os.close(fd)
+
+
+def test_too_many():
+    files = PageFiles(Nofile(SPARE + 4))
+    fds = [memfd(PAGE) for _ in range(3)]
+    opened = [files.open(fd, UID) for fd in fds[:2]]
+    with pytest.raises(EMFILE):
+        files.open(fds[2], UID)
+    assert opened[0].pread(0, 2) == bytes(2)  # not mapped: no descriptor left for that
+    for file in opened:
+        file.put()
+    close_all(fds)
+
+
+def test_private_pages_have_their_own_identity(files):
+    fd = memfd(PAGE)
+    file = files.open(fd, UID)
+    private = PrivateFile(file)
+    file.put()
+    assert private.pwrite(0, b"ab") == 2
+    assert private.pread(0, 2) == b"ab"
+    assert private.size() == PAGE
+    assert private != file
+    private.put()
+    os.close(fd)
+
+
+def test_hugetlb(files):
+    """hugetlbfs has no write(), and a page that cannot be had is EFAULT there, not a SIGBUS."""
+    size = 2 << 20
+    fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        os.ftruncate(fd, 2 * size)
+    except OSError:
+        os.close(fd)
+        pytest.skip("no hugetlbfs")
+    file = files.open(fd, UID)
+    assert file.pinnable
+    assert file.compound
+    free = int(re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    written = file.pwrite(size + 5000, b"device")
+    assert file.pread(size + 5000, 6) == (b"device" if written else bytes(6))
+    assert written == (6 if free >= 2 else 0)
+    os.ftruncate(fd, 0)
+    assert file.pwrite(5000, b"x") == 0
+    assert file.pread(5000, 1) == b""
+    file.put()
+    os.close(fd)

@@ -12,7 +12,7 @@ from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, veventq, vfio_c
 from .change_process import ioas_change_process
 from .device import IommufdGroup, get_hw_info
 from .errors import EFAULT, EINVAL, ENOTTY, IommufdError
-from .mmap import MmapRegions
+from .mmap import MmapRegions, Vma
 from .objects import ObjectTable
 from .pages import Account
 from .ucmd import Ucmd
@@ -141,7 +141,7 @@ class Context(File):
         caller.copy_from_user(uptr, 4)
         raise ENOTTY(f"ioctl {cmd:#x} is not known")
 
-    def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> File:
+    def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> Vma:
         """mmap(2) of registers: a file that stands for the mapping; EINVAL, EPERM, ENXIO (iommufd_fops_mmap)."""
         return self.mmaps.mmap(self, offset, length, prot, flags)
 

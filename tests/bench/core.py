@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from iommufd_uapi.layout import Ioctl
-
     from iommufdd.io_pagetable import IoPagetable
 
 I = TypeVar("I", bound="Ioctl")  # noqa: E741

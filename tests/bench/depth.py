@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from iommufd_client.iommufd import Iommufd
 
-from .measure import PER_SECOND, Aim, Bench, Case, Plan
+from .measure import PER_SECOND, Aim, Bench, Case, Plan, client_cpu
 from .peers import Raw, check, daemon, option_get, pinger, request, timed
 from .roundtrip import FLOOR, placements
 
@@ -31,7 +31,7 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
             found.append(floor)
             for depth in DEPTHS:
                 count = max(plan.count(12_000) // depth, 1)
-                aim = Aim(rate=AIM) if depth == DEPTHS[-1] else None
+                aim = Aim(rate=AIM) if place.cpu == client_cpu() and depth == DEPTHS[-1] else None
                 made, batch = _made(raw, depth, count), _batch(iommufd, depth, count)
                 found.append(Case("packets made beforehand", str(depth), made, place.name, floor, aim))
                 found.append(Case("batch() of the client", str(depth), batch, place.name, floor, aim))

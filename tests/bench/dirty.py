@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PAGE = 4096
 LENGTH = 1 << 40
 DIRTY = 100_000
-OP_PAGES = 1 << 15  # of the bitmap that IOMMU_TEST_OP_DIRTY gets at a time
-OP_DIRTY = 100
+OP_PAGES = 1 << 20  # of the bitmap that IOMMU_TEST_OP_DIRTY gets at a time
+OP_DIRTY = 1_000
 FLOOR = "copy a bitmap of this size"
 
 
@@ -36,7 +36,6 @@ class Tracked:
         self.core = Core()
         self.length = plan.count(LENGTH)
         self.length -= self.length % (OP_PAGES * PAGE)
-        self.bitmap_bytes = self.length // PAGE // 8
         pages = self.length // PAGE
         self.iovas = [page * PAGE for page in random.Random(1).sample(range(pages), plan.count(DIRTY))]
         ioas_id = self.core.ioas_alloc()
@@ -48,8 +47,8 @@ class Tracked:
         hwpt = self.core.context.objects.get(self.hwpt_id)
         assert isinstance(hwpt, HwptPaging)
         assert isinstance(hwpt.domain.dirty_ops, SelftestDirty)
-        self.set_dirty = hwpt.domain.dirty_ops.set_dirty
-        self.clean = bytes(self.bitmap_bytes)
+        self.set_dirty: Callable[[int], None] = hwpt.domain.dirty_ops.set_dirty
+        self.clean: bytes = bytes(pages // 8)
 
     def _huge_hwpt(self, ioas_id: int) -> int:
         """With pages of 4 KiB and up, and room for 2^56 bytes. Its device is attached to another IOAS."""
@@ -114,7 +113,7 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
         Case("GET_DIRTY_BITMAP, NO_CLEAR", "", scan(keep, number), base=floor),
         Case("GET_DIRTY_BITMAP, clearing", "", scan(clear, number), base=floor),
         Case("GET_DIRTY_BITMAP, nothing dirty", "", scan(clear, 0), base=floor),
-        Case(f"TEST_OP_DIRTY, {OP_DIRTY} of {OP_PAGES:,} pages", "", tracked.mark_by_op, base=floor),
+        Case(f"TEST_OP_DIRTY, {OP_DIRTY:,} of {OP_PAGES:,} pages", "", tracked.mark_by_op, base=floor),
         Case("GET_DIRTY_BITMAP, clearing these", "", scan(clear, OP_DIRTY), base=floor),
     ]
 

@@ -49,7 +49,7 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
 
 
 def _cases(plan: Plan, c: Pinger, place: Placement, path: str, iommufd: Iommufd) -> list[Case]:
-    count = plan.count(5_000)
+    count = plan.count(5_000 if place.cpu == client_cpu() else 1_500)
     floor = Case(FLOOR, place.name, c.pair(place.cpu, count))
     return [
         floor,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .measure import Bench, Figure, Plan, Unit
+    from .measure import Aim, Bench, Figure, Plan, Unit
 
 CELL = 26
 
@@ -39,7 +39,7 @@ def _cell(figure: Figure | None, unit: Unit) -> str:
     if figure is None:
         return " " * CELL
     ratio = _ratio(figure, unit)
-    times = f" x{ratio:<6.3g}" if ratio is not None else " " * 8
+    times = f" x{_number(ratio):<6}" if ratio is not None else " " * 8
     return f"{_number(unit.of(figure.median))} ({_number(unit.of(figure.best))}){times}".rjust(CELL)
 
 
@@ -54,28 +54,35 @@ def _number(value: float) -> str:
 
 
 def _aims(bench: Bench, figures: Iterable[Figure]) -> list[str]:
-    lines = []
+    """A line for each aim: whether it is met, and by which margin where that is least."""
+    by_aim: dict[Aim, list[Figure]] = {}
     for figure in figures:
-        if figure.aim is None:
-            continue
-        where = ", ".join(filter(None, (figure.group, figure.row, figure.column)))
-        lines.append(f"  {_verdict(figure)}  {where}")
+        if figure.aim is not None:
+            by_aim.setdefault(figure.aim, []).append(figure)
+    lines = [f"  {_verdict(aim, aimed)}" for aim, aimed in by_aim.items()]
     return ["", *lines] if lines else []
 
 
-def _verdict(figure: Figure) -> str:
-    """`aim x1.9 or less: x1.7, met`"""
-    assert figure.aim is not None
-    if figure.aim.rate is not None:
-        rate = 1 / figure.median
-        return f"aim {figure.aim.rate:,.0f}/s or more: {rate:,.0f}/s, {_met(rate >= figure.aim.rate)}"
-    assert figure.aim.ratio is not None
+def _verdict(aim: Aim, figures: list[Figure]) -> str:
+    """`aim x1.9 or less: met, x1.7 (C client, daemon, one CPU)`"""
+    met = sum(_reached(aim, figure) <= 1 for figure in figures)
+    worst = max(figures, key=lambda figure: _reached(aim, figure))
+    where = ", ".join(filter(None, (worst.group, worst.row, worst.column)))
+    verdict = "met" if met == len(figures) else "MISSED"
+    if len(figures) > 1:
+        verdict += f", {met} of {len(figures)}, the worst"
+    if aim.rate is not None:
+        return f"aim {aim.rate:,.0f}/s or more: {verdict}, {1 / worst.median:,.0f}/s ({where})"
+    return f"aim x{aim.ratio:g} or less: {verdict}, x{worst.ratio:.3g} ({where})"
+
+
+def _reached(aim: Aim, figure: Figure) -> float:
+    """How much more time than the aim: met up to 1."""
+    if aim.rate is not None:
+        return figure.median * aim.rate
+    assert aim.ratio is not None
     assert figure.ratio is not None
-    return f"aim x{figure.aim.ratio:g} or less: x{figure.ratio:.3g}, {_met(figure.ratio <= figure.aim.ratio)}"
-
-
-def _met(met: bool) -> str:
-    return "met" if met else "MISSED"
+    return figure.ratio / aim.ratio
 
 
 def as_json(results: Iterable[tuple[Bench, Sequence[Figure]]], plan: Plan) -> dict[str, object]:

@@ -133,7 +133,7 @@ def test_guest_memory() -> None:
     assert space.told == [("register", addr, 8192, 8192, 0), ("unregister", addr, 8192)]
     assert memory.closed
     memory.close()
-    assert part.view[0] == ord("s")  # of "crossing a page": a slice keeps the pages
+    assert part.view[:2] == b"ng"  # of "crossing": a slice keeps the pages
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 8193), (8192, 1), (4096, -1)])
@@ -168,6 +168,6 @@ def test_huge_guest_memory() -> None:
 
 def test_a_memfd_that_cannot_be_made_leaves_nothing() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OSError, match="File too large|Invalid argument"):
-        sealed_memfd("x", 2**63 - 1)
+    with pytest.raises(OverflowError):
+        sealed_memfd("x", 2**63)
     assert len(os.listdir("/proc/self/fd")) == before

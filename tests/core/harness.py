@@ -28,9 +28,9 @@ APERTURE = test_uapi.MOCK_APERTURE_START
 NOWHERE = 0xDEAD0000  # nothing is ever mapped there
 FIXED, WRITE, READ = uapi.IOMMU_IOAS_MAP_FIXED_IOVA, uapi.IOMMU_IOAS_MAP_WRITEABLE, uapi.IOMMU_IOAS_MAP_READABLE
 RW = READ | WRITE
-__all__ = ["APERTURE", "ARGUMENT", "DATA", "Client", "Memfd", "Mock", "Process", "World"]
+__all__ = ["APERTURE", "ARGUMENT", "DATA", "OPS", "Client", "Memfd", "Mock", "Process", "World"]
 
-_OPS = {op.union: number for number, op in test_uapi.TEST_OPS.items()}
+OPS = {op.union: number for number, op in test_uapi.TEST_OPS.items()}
 
 
 class Mock(NamedTuple):
@@ -95,7 +95,7 @@ class Client:
 
     def test(self, op: L, expect: int = 0, *, id: int = 0) -> L:
         """An operation of the selftest command, by its struct; the struct brought up to date."""
-        cmd = self.ioctl(test_uapi.TestCmd(op=_OPS[type(op)], id=id, u=op.pack()), expect)
+        cmd = self.ioctl(test_uapi.TestCmd(op=OPS[type(op)], id=id, u=op.pack()), expect)
         op.update(cmd.u)
         return op
 

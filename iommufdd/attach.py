@@ -62,7 +62,7 @@ def detach(idev: IommufdDevice, pasid: int) -> None:
     """Back to blocked DMA; nothing when it is not attached (iommufd_device_detach)."""
     igroup = idev.igroup
     attach_ = igroup.pasid_attach.get(pasid)
-    if attach_ is None:
+    if attach_ is None or idev.id not in attach_.devices:
         return
     hwpt = attach_.hwpt
     part = attach_.devices.pop(idev.id)
@@ -107,7 +107,8 @@ def _auto_get_domain(
     immediate = do_attach is _do_attach
     # With attach the device comes first and the pages after it, with replace the other way round.
     before_fill = (lambda hwpt: _do_attach(caller, idev, pasid, hwpt)) if immediate else None
-    hwpt = paging_alloc(caller, ioas, idev, 0, None, before_fill=before_fill, undo=lambda: detach(idev, pasid))
+    undo = (lambda: detach(idev, pasid)) if immediate else None
+    hwpt = paging_alloc(caller, ioas, idev, 0, None, before_fill=before_fill, undo=undo)
     left = None
     try:
         if not immediate:

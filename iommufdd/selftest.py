@@ -50,7 +50,8 @@ class SelftestObj(IommufdObject):
 
     def destroy(self) -> None:
         if self.idev is not None:
-            detach(self.idev, IOMMU_NO_PASID)
+            for pasid in list(self.idev.igroup.pasid_attach):
+                detach(self.idev, pasid)  # the kernel leaves PASIDs attached, warns, and uses freed memory
             unbind(self.idev, self)
         if self.mock_dev is not None:
             self.ictx.machine.mock.forget_device(self.mock_dev)

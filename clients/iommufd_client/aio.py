@@ -23,7 +23,7 @@ from . import ioctls, mock
 from .call import IommufdOSError
 from .channel import ANCILLARY, BUFFER, PLAINS, Batch, Packet, hello, plain_result, welcome
 from .connection import default_socket_path, received, rights
-from .files import Fd, fd_number
+from .files import Fd, Mapping, fd_number
 from .guest import GuestMemory
 from .memory import OWN_MEMORY, Buffers, Memory
 from .scratch import ScratchFile
@@ -60,12 +60,20 @@ class File(Fd):
     async def receive(self, count: int) -> bytes:
         """As `read`, but wait until there is something."""
         while not (data := await self.read(count)):
+            if self.closed:
+                raise trio.ClosedResourceError
             await trio.lowlevel.wait_readable(self)
         return data
 
     async def write(self, data: Buffer) -> int:
         """write(2): how many bytes were taken."""
         return await self._channel.write(self, data)
+
+    def close(self) -> None:
+        """Close it; who waits in `receive` gets trio.ClosedResourceError."""
+        if not self.closed and trio.lowlevel.in_trio_run():
+            trio.lowlevel.notify_closing(self)
+        super().close()
 
 
 class Connection:
@@ -224,6 +232,15 @@ class Connection:
         """mmap(2) with MAP_FIXED, as far as the daemon is concerned."""
         await self._call(calls.register(fd_number(fd), addr, length, offset, prot, private=private))
 
+    async def protect(self, addr: int, length: int, prot: int) -> None:
+        """mprotect(2)."""
+        await self._call(calls.protect(addr, length, prot))
+
+    async def mmap(self, length: int, offset: int, prot: int = 3, flags: int = 1) -> Mapping:
+        """mmap(2) of the iommufd: the region at an offset that VIOMMU_ALLOC gave."""
+        call = calls.mmap(length, offset, prot, flags)
+        return Mapping(await self._call(call), call.mapping, length, prot)
+
     async def unregister(self, addr: int, length: int) -> None:
         """munmap(2)."""
         await self._call(calls.unregister(addr, length))
@@ -275,10 +292,12 @@ class Iommufd(Connection):
     """One open /dev/iommu of the daemon; see `iommufd_client.Iommufd`."""
 
     @classmethod
-    async def open(cls, socket_path: str | None = None, *, machine: str = "", explain: bool = False) -> Self:
+    async def open(
+        cls, socket_path: str | None = None, *, machine: str = "", container: bool = False, explain: bool = False
+    ) -> Self:
         """OSError if there is no daemon, IommufdOSError if it refuses."""
         self = cls(socket_path or default_socket_path(), explain=explain, kind=wire.Kind.IOMMUFD)
-        await self._connect(hello(wire.Kind.IOMMUFD, machine=machine), [])
+        await self._connect(hello(wire.Kind.IOMMUFD, machine=machine, container=container), [])
         return self
 
     @classmethod
@@ -322,6 +341,10 @@ class Iommufd(Connection):
         """What a driver in the kernel (mdev) does to an IOAS without a device; closing it ends the access."""
         return File(await self._create_access(ioas_id, flags), self)
 
+    async def dmabuf_get(self, length: int, open_flags: int = 0) -> File:
+        """A DMA-BUF of the mock exporter, which IOAS_MAP_FILE takes. EINVAL past 2 MiB."""
+        return File(await self._dmabuf_get(length, open_flags), self)
+
     destroy = _awaited(ioctls.destroy)
     ioas_alloc = _awaited(ioctls.ioas_alloc)
     ioas_map = _awaited(ioctls.ioas_map)
@@ -350,14 +373,15 @@ class Iommufd(Connection):
     _fault_queue_alloc = _awaited(ioctls.fault_queue_alloc)
     _veventq_alloc = _awaited(ioctls.veventq_alloc)
     _create_access = _awaited(mock.create_access)
+    _dmabuf_get = _awaited(mock.dmabuf_get)
 
 
 @asynccontextmanager
 async def open_iommufd(
-    socket_path: str | None = None, *, machine: str = "", explain: bool = False
+    socket_path: str | None = None, *, machine: str = "", container: bool = False, explain: bool = False
 ) -> AsyncIterator[Iommufd]:
     """A new /dev/iommu, closed at the end of the block. OSError if there is no daemon."""
-    iommufd = await Iommufd.open(socket_path, machine=machine, explain=explain)
+    iommufd = await Iommufd.open(socket_path, machine=machine, container=container, explain=explain)
     try:
         yield iommufd
     finally:

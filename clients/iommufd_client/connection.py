@@ -324,10 +324,9 @@ class Connection:
 
     def close(self) -> None:
         """Close the channel, and wait until the daemon has: the last channel takes the context along."""
-        if self.closed:
-            return
         try:
-            self._call(calls.Call(wire.Op.CLOSE))
+            if not self.closed:
+                self._call(calls.Call(wire.Op.CLOSE))
         except ConnectionError:
             pass  # the daemon is gone, and the channel with it
         finally:

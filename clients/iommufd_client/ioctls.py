@@ -289,10 +289,10 @@ def hwpt_get_dirty_bitmap(
     iova: int,
     length: int,
     page_size: int = 4096,
-    bitmap: bytearray | memoryview | None = None,
+    bitmap: bytearray | None = None,
     *,
     clear: bool = True,
-) -> Steps[bytearray | memoryview]:
+) -> Steps[bytearray]:
     """IOMMU_HWPT_GET_DIRTY_BITMAP: set the bits of dirty pages in the bitmap, or in a new one; the bitmap."""
     if bitmap is None:
         bitmap = bytearray(max(-(-length // page_size) + 7, 0) // 8)

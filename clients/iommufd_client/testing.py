@@ -120,16 +120,16 @@ class Daemon:
 
     def stop(self) -> int:
         """End it with SIGTERM, or by force if it does not react; its exit status. DaemonError by force."""
-        if self._keeper is not None and not self._keeper.closed:
-            self._keeper.close()
         status, forced = 0, False
         if self._process is not None:
-            self._process.terminate()
+            self._process.terminate()  # before the keeper goes: on its way out it no longer expects signals
             try:
                 status = self._process.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 status, forced = self._process.wait(), True
+        if self._keeper is not None:
+            self._keeper.close()
         if self._ready is not None:
             self._ready.close()
         self._last_words = self.log

@@ -72,8 +72,8 @@ def answer(server: Server, line: bytes) -> admin.Reply:
         return admin.Error(errno.EINVAL, str(error))
     except IommufdError as error:
         return admin.Error(error.errno, error.reason)
-    except Exception:
-        log.bug()
+    except Exception as error:
+        log.bug(error)
         return admin.Error(errno.EIO, "a bug in the daemon; its log has the traceback")
 
 

@@ -103,8 +103,8 @@ class Channel:
         self.use_scratch(None)
         try:
             self.context.ctx.put()
-        except Exception:
-            log.bug(pid=self.peer.pid, uid=self.peer.uid)
+        except Exception as error:
+            log.bug(error, pid=self.peer.pid, uid=self.peer.uid)
         self.context.settle()
         self.server.spaces.leave(self.space, self)
 
@@ -160,8 +160,8 @@ class Channel:
                 self._first(size, flags, fds)
         except ProtocolError as error:
             self._malformed(str(error))
-        except Exception:
-            log.bug(pid=self.peer.pid, uid=self.peer.uid)
+        except Exception as error:
+            log.bug(error, pid=self.peer.pid, uid=self.peer.uid)
             self.close("bug", ERROR)  # it costs this channel, and no other
         finally:
             if fds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import resource
@@ -73,7 +74,7 @@ def capabilities(connection: socket.socket, peer: Peer) -> frozenset[str]:
         pidfd = -1
     try:
         status = _read(f"/proc/{peer.pid}/status")
-        same_space = _read(f"/proc/{peer.pid}/uid_map") == _read("/proc/self/uid_map")
+        same_space = _read(f"/proc/{peer.pid}/uid_map") == _own_uid_map()
         alive = pidfd < 0 or _alive(pidfd)  # if so, what was read is not of a later process with that number
     except OSError:
         return frozenset()
@@ -146,6 +147,11 @@ def _number(text: str | None, what: str) -> int | None:
 def _read(path: str) -> str:
     with open(path, encoding="ascii", errors="replace") as file:
         return file.read()
+
+
+@functools.cache
+def _own_uid_map() -> str:
+    return _read("/proc/self/uid_map")
 
 
 def _uid(status: str) -> int:

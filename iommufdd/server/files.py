@@ -141,8 +141,8 @@ class Pipes:
         self.release(pipe)
         try:
             pipe.file.put()
-        except Exception:
-            log.bug(uid=pipe.uid)
+        except Exception as error:
+            log.bug(error, uid=pipe.uid)
         pipe.context.settle()
 
     def close(self) -> None:

@@ -21,9 +21,9 @@ def event(level: int, name: str, **fields: object) -> None:
         logger.log(level, name, extra={"fields": fields})
 
 
-def bug(**fields: object) -> None:
-    """Log the exception in flight: never what a peer did, always a mistake of ours."""
-    logger.error("bug", exc_info=True, extra={"fields": fields})
+def bug(error: Exception, **fields: object) -> None:
+    """Log an exception that nobody expected: never what a peer did, always a mistake of ours."""
+    logger.error("bug", exc_info=error, extra={"fields": fields})
 
 
 class KeyValue(logging.Formatter):

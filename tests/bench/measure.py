@@ -123,6 +123,13 @@ class Bench(NamedTuple):
 def measure(bench: Bench, plan: Plan) -> list[Figure]:
     """Run the rounds of a bench. Unavailable."""
     plan.say(f"{bench.name}: setting up")
+    try:
+        return _measure(bench, plan)
+    finally:
+        plan.say("")
+
+
+def _measure(bench: Bench, plan: Plan) -> list[Figure]:
     with pinned(client_cpu()), bench.cases(plan) as cases:
         figures: dict[tuple[str, str, str], Figure] = {}
         for case in cases:
@@ -134,7 +141,6 @@ def measure(bench: Bench, plan: Plan) -> list[Figure]:
                     where = " ".join(filter(None, case.key))
                     plan.say(f"{bench.name}: round {at + 1} of {plan.rounds}: {where}")
                     figures[case.key].samples.append(case.run())
-    plan.say("")
     return list(figures.values())
 
 

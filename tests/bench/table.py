@@ -32,7 +32,7 @@ def table(bench: Bench, figures: Sequence[Figure]) -> str:
             lines.append(f"  {group}")
         shown = (_cell(cells.get((row_group, row, column)), bench.unit) for column in columns)
         lines.append((f"  {row:<{width}}" + "".join(shown)).rstrip())
-    return "\n".join([*lines, *_aims(bench, figures)])
+    return "\n".join([*lines, *_aims(figures)])
 
 
 def _cell(figure: Figure | None, unit: Unit) -> str:
@@ -53,7 +53,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _aims(bench: Bench, figures: Iterable[Figure]) -> list[str]:
+def _aims(figures: Iterable[Figure]) -> list[str]:
     """A line for each aim: whether it is met, and by which margin where that is least."""
     by_aim: dict[Aim, list[Figure]] = {}
     for figure in figures:
@@ -68,12 +68,12 @@ def _verdict(aim: Aim, figures: list[Figure]) -> str:
     met = sum(_reached(aim, figure) <= 1 for figure in figures)
     worst = max(figures, key=lambda figure: _reached(aim, figure))
     where = ", ".join(filter(None, (worst.group, worst.row, worst.column)))
-    verdict = "met" if met == len(figures) else "MISSED"
+    verdict = "met," if met == len(figures) else "MISSED,"
     if len(figures) > 1:
-        verdict += f", {met} of {len(figures)}, the worst"
+        verdict += f" {met} of {len(figures)}, the worst"
     if aim.rate is not None:
-        return f"aim {aim.rate:,.0f}/s or more: {verdict}, {1 / worst.median:,.0f}/s ({where})"
-    return f"aim x{aim.ratio:g} or less: {verdict}, x{worst.ratio:.3g} ({where})"
+        return f"aim {aim.rate:,.0f}/s or more: {verdict} {1 / worst.median:,.0f}/s ({where})"
+    return f"aim x{aim.ratio:g} or less: {verdict} x{worst.ratio:.3g} ({where})"
 
 
 def _reached(aim: Aim, figure: Figure) -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_PACKET, MAX_FDS, MAX_REQUESTS, MAX_SEGMENTS, INLINE_LIMIT = 131_072, 64, 1_024, 16, 131_072
-IOCTL, READ, WRITE, REGISTER, UNREGISTER, SCRATCH, MMAP, MUNMAP, PROTECT, CLOSE = range(10)
+IOCTL, READ, WRITE, REGISTER, UNREGISTER, SCRATCH, MMAP, PROTECT, CLOSE = 0, 1, 2, 3, 4, 5, 6, 8, 9
 
 
 @dataclass
@@ -42,7 +46,7 @@ def parse(packet: bytes, fds: int = 0) -> list[Request]:
         assert length % 8 == 0
         assert at + length <= len(packet)
         request, cost = _request(packet[at : at + length])
-        if request.op in (READ, WRITE, REGISTER, SCRATCH, MUNMAP):
+        if request.op in (READ, WRITE, REGISTER, SCRATCH):
             assert request.cmd < fds or request.cmd == 0xFFFFFFFF
         requests.append(request)
         room += cost
@@ -55,7 +59,7 @@ def parse(packet: bytes, fds: int = 0) -> list[Request]:
 def _request(data: bytes) -> tuple[Request, int]:
     flags, count = data[5], u(data, 6, 2)
     request = Request(data[4], flags == 1, u(data, 8, 4), u(data, 12, 4))
-    assert request.op <= CLOSE
+    assert request.op in (IOCTL, READ, WRITE, REGISTER, UNREGISTER, SCRATCH, MMAP, PROTECT, CLOSE)
     assert flags in (0, 1)
     assert count <= MAX_SEGMENTS
     cost = 64 + 256 * flags + 24 * max(count - 2, 0)
@@ -81,13 +85,13 @@ def _request(data: bytes) -> tuple[Request, int]:
 
 def reply(
     result: int = 0,
-    writes: list[tuple[int, int, bytes | int]] | None = None,
+    writes: Sequence[tuple[int, int, bytes | int]] = (),
     reason: str = "",
     fds: int = 0,
 ) -> bytes:
     """One reply; a write is (segment, offset, bytes), or (segment, offset, length) of what lies in the scratch file."""
     body = b""
-    for segment, offset, data in writes or []:
+    for segment, offset, data in writes:
         inline = isinstance(data, bytes)
         length = len(data) if isinstance(data, bytes) else data
         body += struct.pack("<4I", segment, offset, length, inline)
@@ -95,4 +99,4 @@ def reply(
             body += data + bytes(-length % 8)
     text = reason.encode()
     body += text + bytes(-len(text) % 8)
-    return struct.pack("<IiHHI", 16 + len(body), result, len(writes or []), len(text), fds) + body
+    return struct.pack("<IiHHI", 16 + len(body), result, len(writes), len(text), fds) + body

@@ -18,18 +18,18 @@ PAGE = 4096
 class Pages:
     """Memory of a process: pages at addresses, some not writable."""
 
-    def __init__(self, pages: dict[int, bytes], read_only: set[int] = frozenset()) -> None:
+    def __init__(self, pages: dict[int, bytes], read_only: frozenset[int] = frozenset()) -> None:
         self.pages = {at: bytearray(data.ljust(PAGE, b"\0")) for at, data in pages.items()}
         self.read_only = read_only
 
-    def _span(self, addr: int, length: int, without: set[int]) -> int:
+    def _span(self, addr: int, length: int, without: frozenset[int]) -> int:
         end = addr
         while end < addr + length and end - end % PAGE in self.pages and end - end % PAGE not in without:
             end = min(end - end % PAGE + PAGE, addr + length)
         return end - addr
 
     def read(self, addr: int, length: int) -> bytes:
-        length = self._span(addr, length, set())
+        length = self._span(addr, length, frozenset())
         if not length:
             return b""
         first = addr - addr % PAGE
@@ -137,7 +137,7 @@ def test_a_struct_that_is_cut_by_a_hole() -> None:
 
 
 def test_a_read_only_struct() -> None:
-    memory = Pages({0x10000: uapi.IoasAlloc().pack()}, read_only={0x10000})
+    memory = Pages({0x10000: uapi.IoasAlloc().pack()}, read_only=frozenset({0x10000}))
     (segment,) = sent(calls.ioctl(uapi.IOMMU_IOAS_ALLOC, 0x10000, memory)).segments
     assert (segment.readable, segment.writable) == (12, 0)
 
@@ -155,10 +155,10 @@ def test_vfio_reads_its_fixed_part_whatever_argsz_says() -> None:
 
 
 class Long:
-    """A struct of `size` bytes at 0x10000, of which the bytes in `patches` are not zero, in memory of `mapped` bytes."""
+    """A struct at 0x10000 whose first word is `size`, zero but for `patches`, in `mapped` bytes of memory."""
 
     def __init__(self, size: int, mapped: int, patches: dict[int, int]) -> None:
-        self.bytes = {at: value for at, value in enumerate(size.to_bytes(4, "little"))} | patches
+        self.bytes = dict(enumerate(size.to_bytes(4, "little"))) | patches
         self.mapped = mapped
 
     def read(self, addr: int, length: int) -> bytes:

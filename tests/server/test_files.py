@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -42,7 +43,7 @@ class Home:
 
 
 @pytest.fixture
-def pipes():
+def pipes() -> Iterator[Pipes]:
     made = Pipes(Nofile(1024))
     yield made
     assert made.nofile.total == 0
@@ -64,7 +65,7 @@ def readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
 
 
-def test_readiness(pipes):
+def test_readiness(pipes: Pipes) -> None:
     file = Queue()
     fd, _ = hand_out(pipes, file)
     assert not readable(fd)
@@ -85,7 +86,7 @@ def test_readiness(pipes):
     assert file.released
 
 
-def test_ready_from_the_start(pipes):
+def test_ready_from_the_start(pipes: Pipes) -> None:
     file = Queue()
     file.mask = select.POLLIN
     fd, _ = hand_out(pipes, file)
@@ -94,7 +95,7 @@ def test_ready_from_the_start(pipes):
     pipes.ready(0)
 
 
-def test_change_after_the_last_close(pipes):
+def test_change_after_the_last_close(pipes: Pipes) -> None:
     file = Queue()
     fd, _ = hand_out(pipes, file)
     os.close(fd)
@@ -104,7 +105,7 @@ def test_change_after_the_last_close(pipes):
     file.set(select.POLLIN)
 
 
-def test_last_copy_counts(pipes):
+def test_last_copy_counts(pipes: Pipes) -> None:
     file = Queue()
     fd, home = hand_out(pipes, file)
     copies = [os.dup(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)]
@@ -130,7 +131,7 @@ def test_last_copy_counts(pipes):
     assert home.settled == 1
 
 
-def test_identity(pipes):
+def test_identity(pipes: Pipes) -> None:
     file = Queue()
     fd, _ = hand_out(pipes, file)
     assert pipes.by_key[file_key(fd)].file is file
@@ -142,7 +143,7 @@ def test_identity(pipes):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs a second uid")
-def test_a_pipe_of_another_uid_never_counts():
+def test_a_pipe_of_another_uid_never_counts() -> None:
     """Its inode number may come round; the owner does not."""
     ends = os.pipe()
     before = file_key(ends[0])
@@ -152,14 +153,14 @@ def test_a_pipe_of_another_uid_never_counts():
     os.close(ends[1])
 
 
-def test_put_back(pipes):
+def test_put_back(pipes: Pipes) -> None:
     pipe = pipes.reserve(Home(), 7)
     assert pipes.nofile.taken == {7: 2}
     pipes.release(pipe)
     pipes.sent(pipe)
 
 
-def test_many_at_once(pipes):
+def test_many_at_once(pipes: Pipes) -> None:
     files = [Queue() for _ in range(1500 if pipes.nofile.limit > 4000 else 300)]
     fds = [hand_out(pipes, file)[0] for file in files]
     for fd in fds:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ UID = 1000
 
 
 @pytest.fixture
-def files():
+def files() -> Iterator[PageFiles]:
     made = PageFiles(Nofile(1024))
     yield made
     assert len(made) == 0
@@ -28,7 +29,7 @@ def files():
     made.close()
 
 
-def test_one_file_per_inode(files):
+def test_one_file_per_inode(files: PageFiles) -> None:
     fd = memfd(PAGE)
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
     one, two = files.open(fd, UID), files.open(again, UID)
@@ -41,7 +42,7 @@ def test_one_file_per_inode(files):
     two.put()
 
 
-def test_read_only_descriptors_do_not_borrow_a_right(files):
+def test_read_only_descriptors_do_not_borrow_a_right(files: PageFiles) -> None:
     fd = memfd(PAGE)
     readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     one, two = files.open(fd, UID), files.open(readonly, UID)
@@ -55,7 +56,7 @@ def test_read_only_descriptors_do_not_borrow_a_right(files):
     close_all([fd, readonly])
 
 
-def test_other_files(files):
+def test_other_files(files: PageFiles) -> None:
     left, right = socket.socketpair()
     fds = [os.open(os.devnull, os.O_RDWR), os.eventfd(0), *os.pipe(), os.open("/", os.O_RDONLY)]
     for fd in [*fds, left.fileno(), right.fileno()]:
@@ -70,7 +71,7 @@ def test_other_files(files):
 
 
 @pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK], ids=["none", "grow", "shrink"])
-def test_reading_and_writing(files, seals):
+def test_reading_and_writing(files: PageFiles, seals: int) -> None:
     fd = memfd(PAGE + 100, seals)
     file = files.open(fd, UID)
     assert isinstance(file, SharedFile)
@@ -88,7 +89,7 @@ def test_reading_and_writing(files, seals):
     os.close(fd)
 
 
-def test_growing(files):
+def test_growing(files: PageFiles) -> None:
     fd = memfd(PAGE, fcntl.F_SEAL_SHRINK)
     file = files.open(fd, UID)
     assert file.pread(0, 8) == bytes(8)
@@ -100,7 +101,7 @@ def test_growing(files):
     os.close(fd)
 
 
-def test_shrinking_kills_nobody(files):
+def test_shrinking_kills_nobody(files: PageFiles) -> None:
     fd = memfd(4 * PAGE, 0)
     file = files.open(fd, UID)
     assert file.pwrite(3 * PAGE, b"x") == 1
@@ -111,7 +112,7 @@ def test_shrinking_kills_nobody(files):
     os.close(fd)
 
 
-def test_sealed_later(files):
+def test_sealed_later(files: PageFiles) -> None:
     """Seals are looked at again when the file comes again."""
     fd = memfd(PAGE, 0)
     file = files.open(fd, UID)
@@ -124,7 +125,7 @@ def test_sealed_later(files):
     os.close(fd)
 
 
-def test_empty_and_sealed(files):
+def test_empty_and_sealed(files: PageFiles) -> None:
     fd = memfd(0, fcntl.F_SEAL_SHRINK)
     file = files.open(fd, UID)
     assert file.pread(0, 4) == b""
@@ -133,7 +134,7 @@ def test_empty_and_sealed(files):
     os.close(fd)
 
 
-def test_mapping_counts_as_a_descriptor(files):
+def test_mapping_counts_as_a_descriptor(files: PageFiles) -> None:
     fd = memfd(PAGE)
     file = files.open(fd, UID)
     assert files.nofile.taken == {UID: 1}
@@ -143,7 +144,7 @@ def test_mapping_counts_as_a_descriptor(files):
     os.close(fd)
 
 
-def test_too_many():
+def test_too_many() -> None:
     files = PageFiles(Nofile(SPARE + 4))
     fds = [memfd(PAGE) for _ in range(3)]
     opened = [files.open(fd, UID) for fd in fds[:2]]
@@ -155,7 +156,7 @@ def test_too_many():
     close_all(fds)
 
 
-def test_private_pages_have_their_own_identity(files):
+def test_private_pages_have_their_own_identity(files: PageFiles) -> None:
     fd = memfd(PAGE)
     file = files.open(fd, UID)
     private = PrivateFile(file)
@@ -168,7 +169,7 @@ def test_private_pages_have_their_own_identity(files):
     os.close(fd)
 
 
-def test_hugetlb(files):
+def test_hugetlb(files: PageFiles) -> None:
     """hugetlbfs has no write(), and a page that cannot be had is EFAULT there, not a SIGBUS."""
     size = 2 << 20
     fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)

@@ -4,31 +4,31 @@ import pytest
 
 from iommufd_uapi import iommufd, iommufd_test, wire
 from iommufdd.errors import ProtocolError
-from iommufdd.server.packet import TAIL, parse, reply
-from tests.server.peer import STRUCT_ADDR, Segment, body, ioctl, request, split, test_cmd
+from iommufdd.server.packet import TAIL, Request, parse, reply
+from tests.server.peer import STRUCT_ADDR, Segment, body, ioctl, request, selftest, split
 
 ALLOC = ioctl(iommufd.IoasAlloc())
 NONE = wire.NONE
 
 
-def parsed(packet, nfds=0):
+def parsed(packet: bytes, nfds: int = 0) -> list[Request]:
     return parse(packet + b"\xff" * TAIL, len(packet), nfds)
 
 
-def test_one():
+def test_one() -> None:
     ((op, flags, cmd, arg, segments),) = parsed(ALLOC)
     data = iommufd.IoasAlloc().pack()
     assert (op, flags, cmd, arg) == (0, 0, iommufd.IoasAlloc.CMD, 0)
     assert segments == ((STRUCT_ADDR, len(data), len(data), data),)
 
 
-def test_many():
+def test_many() -> None:
     assert len(parsed(ALLOC * 1000)) == 1000
     with pytest.raises(ProtocolError, match="1025 requests"):
         parsed(ioctl(b"", cmd=1) * 1025)
 
 
-def test_all_kinds_of_segments():
+def test_all_kinds_of_segments() -> None:
     sent = [Segment(1, b"abc"), Segment(2, b"", 10, 20), Segment(3, b"x", 8, 1), Segment(4, b"", 99, 99, 7)]
     ((_, _, _, _, segments),) = parsed(request(0, 0x3B80, sent, arg=2))
     assert segments == ((1, 3, 0, b"abc"), (2, 10, 20, b""), (3, 8, 1, b"x"), (4, 99, 99, 7))
@@ -75,20 +75,20 @@ BROKEN = {
     "scratch index": request(wire.Op.SCRATCH, 0),
     "a retired operation": request(7, 0xFFFFFFFE),
     "file index": ioctl(iommufd.IoasMapFile(fd=0)),
-    "access index": ioctl(test_cmd(iommufd_test.IOMMU_TEST_OP_ACCESS_PAGES, 3)),
+    "access index": ioctl(selftest(iommufd_test.IOMMU_TEST_OP_ACCESS_PAGES, 3)),
     "request after close": request(wire.Op.CLOSE) + ALLOC,
 }
 
 
 @pytest.mark.parametrize("packet", BROKEN.values(), ids=BROKEN.keys())
-def test_broken(packet):
+def test_broken(packet: bytes) -> None:
     with pytest.raises(ProtocolError):
         parsed(packet)
     with pytest.raises(ProtocolError):
         parsed(ALLOC + packet)
 
 
-def test_indexes():
+def test_indexes() -> None:
     for packet in (BROKEN["read index"], BROKEN["register index"], BROKEN["file index"], BROKEN["access index"]):
         assert parsed(packet, 8)
     assert parsed(ioctl(iommufd.IoasMapFile(fd=-1)))
@@ -96,14 +96,14 @@ def test_indexes():
     assert parsed(request(0, iommufd.IoasMapFile.CMD, arg=NONE))
 
 
-def test_reply_room_is_exact():
+def test_reply_room_is_exact() -> None:
     fits = wire.MAX_PACKET - wire.REPLY_ROOM
     assert parsed(request(0, 1, [Segment(0, writable=fits)]))
     with pytest.raises(ProtocolError):
         parsed(request(0, 1, [Segment(0, writable=fits + 1)]))
 
 
-def test_replies():
+def test_replies() -> None:
     parts: list[bytes] = []
     segments = ((0, 8, 8, bytes(8)), (8, 0, 100, b""), (0, 99, 99, 0))
     reply(parts, 5, segments, [], "", 0)
@@ -118,14 +118,14 @@ def test_replies():
     ]
 
 
-def test_reason_is_cut_at_a_character():
+def test_reason_is_cut_at_a_character() -> None:
     parts: list[bytes] = []
     reply(parts, -1, (), [], "é" * 500, 0)
     (answer,) = split(b"".join(parts))
     assert answer.reason == "é" * (wire.MAX_REASON // 2)
 
 
-def test_many_small_writes_stay_within_the_room():
+def test_many_small_writes_stay_within_the_room() -> None:
     size = 4096
     segments = ((0, size, size, bytes(size)),)
     parts: list[bytes] = []
@@ -136,7 +136,7 @@ def test_many_small_writes_stay_within_the_room():
     assert answer.writes == [(0, 0, (b"\xff\0" * (size // 2))[:-1])]
 
 
-def test_worst_reply_fits():
+def test_worst_reply_fits() -> None:
     """As many segments as there can be, each written twice, with a reason."""
     count = wire.MAX_SEGMENTS
     segments = tuple((at * 8, 0, 1, b"") for at in range(count))

@@ -34,7 +34,7 @@ class Model:
             for _, readable, _, data in segments
         ]
 
-    def place(self, addr: int, write: bool):
+    def place(self, addr: int, write: bool) -> tuple[int, int] | None:
         for index, (start, readable, writable, _) in enumerate(self.segments):
             if start <= addr < start + (writable if write else readable):
                 return index, addr - start
@@ -86,7 +86,7 @@ steps = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.one_of(inline, in_scratch), min_size=1, max_size=5).map(tuple), steps)
-def test_against_the_model(segments, todo):
+def test_against_the_model(segments, todo) -> None:
     memory = SegmentMemory()
     memory.scratch = FakeScratch()
     records = memory.load(segments)
@@ -111,7 +111,7 @@ def test_against_the_model(segments, todo):
 
 
 @given(st.lists(st.tuples(st.integers(0, 90), st.binary(min_size=1, max_size=10)), min_size=2, max_size=60))
-def test_compact_fits(writes):
+def test_compact_fits(writes) -> None:
     """However many writes, a segment that came whole takes one record."""
     memory = SegmentMemory()
     records = memory.load(((0, 100, 100, bytes(100)),))
@@ -121,14 +121,14 @@ def test_compact_fits(writes):
     assert record[1] + len(record[2]) <= 100
 
 
-def test_without_scratch_file_nothing_is_there():
+def test_without_scratch_file_nothing_is_there() -> None:
     memory = SegmentMemory()
     memory.load(((0, 16, 16, 0),))
     assert memory.read(0, 8) == b""
     assert memory.write(0, b"x") == 0
 
 
-def test_long_runs_in_the_scratch_file_are_one_record():
+def test_long_runs_in_the_scratch_file_are_one_record() -> None:
     memory = SegmentMemory()
     memory.scratch = FakeScratch()
     records = memory.load(((100, 0, 40, 4),))

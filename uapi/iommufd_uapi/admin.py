@@ -100,7 +100,7 @@ class Counts(Reply, tag="stats"):
     page_files: int  #: files of clients kept open
     charged_fds: int  #: descriptors kept on behalf of clients
     open_fds: int  #: of the process
-    map_entries: int  #: lines of /proc/self/maps
+    map_entries: int  #: lines of /proc/self/maps that show a file
     turns: int  #: of the reactor
     classes: dict[str, int] = {}
 

@@ -31,6 +31,7 @@ class Kind(IntEnum):
     IOMMUFD = 0  #: open /dev/iommu
     CHANNEL = 1  #: a further channel to an open context
     DEVICE = 2  #: a VFIO device by name
+    SUPERVISE = 3  #: a seccomp listener: processes whose system calls are to be answered
 
 
 class Op(IntEnum):
@@ -61,6 +62,10 @@ class Where(IntEnum):
 
 
 HELLO_CONTAINER = 1  #: Hello.flags: as /dev/vfio/vfio, pinned memory is charged by process
+SUPERVISE_EXPLAIN = 1  #: Hello.flags: a line for every call that fails
+SUPERVISE_SUMMARY = 2  #: Hello.flags: what was called and what is left, when the last process has ended
+SUPERVISE_PROC = 4  #: Hello.flags: serve /proc/N/status and fault injection
+MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -55,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; the exit status."""
     args = _parser().parse_args(argv)
     if args.print_capabilities:
+        import json
+
         print(json.dumps(capabilities(), indent=2))
         return 0
     _configure_logging(args.log_level, args.log_format)
@@ -164,6 +164,8 @@ def _caller(text: str) -> Virtual:
 
 
 def _configure_logging(level: str, style: str) -> None:
+    import logging
+
     from .server.log import Json, KeyValue
 
     handler = logging.StreamHandler()

@@ -93,7 +93,7 @@ class Connection:
         self._scratch = ScratchFile()
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
-        self._owed = False  # a packet is on its way whose reply nobody has read
+        self._owed: bytes | Packet | None = None  # on its way, and its reply not read
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
 
@@ -147,36 +147,42 @@ class Connection:
                 continue
             return length, received(ancillary, flags)
 
-    async def _round_trip(self, data: bytes, fds: Sequence[int]) -> tuple[int, list[int]]:
+    async def _round_trip(self, packet: bytes | Packet) -> tuple[int, list[int]]:
         """Send a packet and receive its reply, under the lock."""
         if self._owed:
             for fd in (await self._receive())[1]:
                 os.close(fd)
-            self._owed = False
-        await self._send(data, fds)
-        self._owed = True  # a cancellation from here on leaves the reply to the next call
+            self._owed = None
+        if isinstance(packet, bytes):
+            await self._send(packet)
+        else:
+            await self._send(packet.data, packet.fds)
+        self._owed = packet  # a cancellation from here on leaves the reply to the next call
         length, got = await self._receive()
-        self._owed = False
+        self._owed = None
         if not length:
             raise ConnectionResetError("the daemon closed the channel")
         return length, got
 
     async def _exchange(self, packet: Packet) -> list[Result]:
         async with self._lock:
-            length, fds = await self._round_trip(packet.data, packet.fds)
-            return packet.results(self._view, length, fds)
+            if packet.places and (size := self._scratch.unannounced):
+                announcement = self._packet()
+                announcement.add(calls.Call(wire.Op.SCRATCH, file=self._scratch.fileno))
+                (result,) = announcement.results(self._view, *await self._round_trip(announcement))
+                if isinstance(result, OSError):
+                    raise result
+                self._scratch.announced = size
+            return packet.results(self._view, *await self._round_trip(packet))
 
     def _packet(self) -> Packet:
         return Packet(self._scratch, self._flags)
 
     async def _send_all(self, packets: Sequence[Packet]) -> list[Result]:
         results: list[Result] = []
-        try:
-            for packet in packets:
-                if packet:
-                    results += await self._exchange(packet)
-        finally:
-            self._scratch.rewind()
+        for packet in packets:
+            if packet:
+                results += await self._exchange(packet)
         return results
 
     async def _call(self, call: Call) -> int:
@@ -206,7 +212,7 @@ class Connection:
         struct: Ioctl = cmd  # type: ignore[assignment]  # only such have a Plain
         packed = struct.pack()
         async with self._lock:
-            length, _ = await self._round_trip(plain.head + packed + plain.pad, ())
+            length, _ = await self._round_trip(plain.head + packed + plain.pad)
             return plain_result(self._view, length, struct, packed)
 
     def batch(self, structs: Iterable[Ioctl] = ()) -> Batch[Coroutine[Any, Any, list[Result]]]:

@@ -89,7 +89,7 @@ class Segment:
         self.data = data  # the readable bytes; trailing zeros may be missing
         self.readable = readable
         self.writable = writable
-        self.place = -1  # its offset in the scratch file, or -1: inline
+        self.place = -1  # its offset in the scratch file, once it is there
 
     @property
     def large(self) -> bool:
@@ -97,8 +97,8 @@ class Segment:
 
     def encode(self) -> tuple[bytes, bytes]:
         """Header, and the inline data with its padding."""
-        if self.place >= 0:
-            return _SEGMENT(self.addr, self.readable, self.writable, self.place, 1), b""
+        if self.large:
+            return _SEGMENT(self.addr, self.readable, self.writable, max(self.place, 0), 1), b""
         shown = self.data.rstrip(b"\0")
         head = _SEGMENT(self.addr, self.readable, self.writable, len(shown), 0)
         return head, shown + _PADDING[len(shown) & 7]

@@ -176,11 +176,12 @@ def _update(data: memoryview, at: int, writes: int, target: Ioctl, packed: bytes
 class Scratch(Protocol):
     """The channel's scratch file: memory too large for a packet."""
 
-    fileno: int
-    unannounced: bool  #: the daemon does not know the file yet, or not how large it is now
-
     def place(self, data: bytes, length: int) -> int:
-        """The offset of length bytes that start with data. OSError: ENOMEM."""
+        """The offset of length bytes that start with data, ours until released. OSError: ENOMEM."""
+        ...
+
+    def release(self, count: int) -> None:
+        """So many places are free again."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:
@@ -191,7 +192,9 @@ class Scratch(Protocol):
 class Packet:
     """Requests that travel together, and the reading of their replies."""
 
-    __slots__ = ("_calls", "_flags", "_length", "_parts", "_plains", "_room", "_room_each", "_scratch", "fds")
+    __slots__ = (
+        "_calls", "_flags", "_length", "_parts", "_plains", "_room", "_room_each", "_scratch", "fds", "places",
+    )  # fmt: skip
 
     def __init__(self, scratch: Scratch, flags: int = 0) -> None:
         self._scratch = scratch
@@ -203,6 +206,15 @@ class Packet:
         self._length = 0
         self._room = 0  # bytes of the reply packet that are spoken for
         self.fds: list[int] = []  # to send along
+        self.places = 0  # in the scratch file, which the daemon must know before the packet comes
+
+    def __del__(self) -> None:
+        self._release()  # only now: an interrupted call may still write there until its reply has come
+
+    def _release(self) -> None:
+        places, self.places = self.places, 0
+        if places:
+            self._scratch.release(places)
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -245,14 +257,15 @@ class Packet:
 
     def add(self, call: Call) -> bool:
         """Add a request; False if the packet is full. ValueError if it would not even fit alone."""
-        if call.large and not self._place(call):
-            return False
         fds = call.fds()
         data = call.encode(len(self.fds), self._flags)
         if not self._reserve(len(data), call.room(), len(fds)):
             if self._calls:
                 return False
             raise ValueError(f"{len(data)} bytes and {len(fds)} descriptors are more than a packet takes")
+        if call.large:
+            self._place(call)
+            data = call.encode(len(self.fds), self._flags)
         self.fds += fds
         self._parts.append(data)
         self._calls.append(call)
@@ -272,16 +285,12 @@ class Packet:
         self._room = room
         return True
 
-    def _place(self, call: Call) -> bool:
-        """Put what is large into the scratch file, which the daemon must know by then."""
+    def _place(self, call: Call) -> None:
+        """Put what is large into the scratch file."""
         for segment in call.segments:
-            if segment.large and segment.place < 0:
+            if segment.large:
                 segment.place = self._scratch.place(segment.data, max(segment.readable, segment.writable))
-        if self._scratch.unannounced:
-            if not self.add(Announcement(wire.Op.SCRATCH, file=self._scratch.fileno)):
-                return False
-            self._scratch.unannounced = False
-        return True
+                self.places += 1
 
     def results(self, data: memoryview, size: int, fds: Sequence[int] = ()) -> list[Result]:
         """What each request answered, in order; memory, structs and descriptors are put in place.
@@ -316,18 +325,14 @@ class Packet:
                     answer = call.result(result, descriptors)
                     descriptors.first += count
                     if result < 0:
-                        answer = error = _error(result, data[at : at + reason], call.target)
-                        if type(call) is Announcement:
-                            raise error
-                    if type(call) is Announcement:
-                        at = end
-                        continue
+                        answer = _error(result, data[at : at + reason], call.target)
                 results.append(answer)
                 at = end
         except structs.error as broken:
             raise ProtocolError(f"a reply packet of {size} bytes: {broken}") from None
         finally:
             descriptors.close()
+            self._release()
         return results
 
     def _store(self, call: Call, data: memoryview, at: int, writes: int, fds: Descriptors) -> int:
@@ -344,12 +349,6 @@ class Packet:
                 place = call.segments[segment].place
                 call.store(segment, offset, self._scratch.read(place + offset, length), fds)
         return at
-
-
-class Announcement(Call):
-    """SCRATCH, of which the caller of an ioctl knows nothing."""
-
-    __slots__ = ()
 
 
 class Batch(Generic[Answer]):

@@ -103,7 +103,7 @@ class Connection:
         self._scratch = ScratchFile()
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
-        self._owed = False  # a packet is on its way whose reply nobody has read
+        self._owed: bytes | Packet | None = None  # on its way, and its reply not read
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._connect(first, [] if context is None else [fd_number(context)])
@@ -148,21 +148,21 @@ class Connection:
         if self._buffer.startswith(_NOTHING):
             for fd in self._receive()[1]:
                 os.close(fd)
-        self._owed = False
+        self._owed = None
 
     def _round_trip(self, data: bytes) -> int:
         """Send a packet, and receive one without descriptors; its length. Under the lock."""
         if self._owed:
             self._drop_reply()
         self._buffer[:4] = _NOTHING
-        self._owed = True
+        self._owed = data
         try:
             self._send(data)
         except OSError:
-            self._owed = False
+            self._owed = None
             raise
         length = self._recv_into(self._buffer)
-        self._owed = False
+        self._owed = None
         if not length:
             raise ConnectionResetError("the daemon closed the channel")
         return length
@@ -170,34 +170,42 @@ class Connection:
     def _exchange(self, packet: Packet) -> list[Result]:
         """Send a packet and take its reply, with descriptors either way."""
         with self._lock:
-            if self._owed:
-                self._drop_reply()
-            self._buffer[:4] = _NOTHING
-            self._owed = True
-            try:
-                self._sock.sendmsg([packet.data], rights(packet.fds) if packet.fds else [])
-            except OSError:
-                self._owed = False
-                raise
-            length, fds = self._receive()
-            self._owed = False
-            if not length:
-                raise ConnectionResetError("the daemon closed the channel")
-            return packet.results(self._view, length, fds)
+            if packet.places and (size := self._scratch.unannounced):
+                announcement = self._packet()
+                announcement.add(calls.Call(wire.Op.SCRATCH, file=self._scratch.fileno))
+                (result,) = self._exchange_one(announcement)
+                if isinstance(result, OSError):
+                    raise result
+                self._scratch.announced = size
+            return self._exchange_one(packet)
+
+    def _exchange_one(self, packet: Packet) -> list[Result]:
+        """Under the lock."""
+        if self._owed:
+            self._drop_reply()
+        self._buffer[:4] = _NOTHING
+        self._owed = packet
+        try:
+            self._sock.sendmsg([packet.data], rights(packet.fds) if packet.fds else [])
+        except OSError:
+            self._owed = None
+            raise
+        length, fds = self._receive()
+        self._owed = None
+        if not length:
+            raise ConnectionResetError("the daemon closed the channel")
+        return packet.results(self._view, length, fds)
 
     def _packet(self) -> Packet:
         return Packet(self._scratch, self._flags)
 
     def _send_all(self, packets: Sequence[Packet]) -> list[Result]:
-        try:
-            return [result for packet in packets if packet for result in self._exchange(packet)]
-        finally:
-            self._scratch.rewind()
+        return [result for packet in packets if packet for result in self._exchange(packet)]
 
     def _call(self, call: Call) -> int:
         packet = self._packet()
         packet.add(call)
-        (result,) = self._send_all((packet,)) if call.large else self._exchange(packet)
+        (result,) = self._exchange(packet)
         if isinstance(result, OSError):
             raise result
         return result

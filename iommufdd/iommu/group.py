@@ -117,7 +117,10 @@ class IommuGroup:
                 moved.append(dev)
         except IommufdError:
             for dev in moved:
-                old.attach_dev(dev, new)
+                try:
+                    old.attach_dev(dev, new)
+                except IommufdError:  # the kernel warns: a driver must take back what it had
+                    self.blocking.attach_dev(dev, new)
             raise
         self.domain = new
 
@@ -170,12 +173,20 @@ class IommuGroup:
                 domain.set_dev_pasid(dev, pasid, old)
             except IommufdError:
                 for done in moved:
-                    if isinstance(old, PasidDomain):
-                        old.set_dev_pasid(done, pasid, domain)
-                    else:
-                        self._remove_pasid(done, pasid, domain)
+                    self._put_pasid_back(done, pasid, domain, old)
                 raise
             moved.append(dev)
+
+    def _put_pasid_back(self, dev: Device, pasid: int, domain: Domain, old: Domain | None) -> None:
+        """Undo one member: back to the old domain, or no PASID when there was none, or when it refuses (a warning)."""
+        if isinstance(old, PasidDomain):
+            try:
+                old.set_dev_pasid(dev, pasid, domain)
+            except IommufdError:
+                pass
+            else:
+                return
+        self._remove_pasid(dev, pasid, domain)
 
     def _remove_pasid(self, dev: Device, pasid: int, domain: Domain) -> None:
         blocked = dev.iommu.blocked_domain

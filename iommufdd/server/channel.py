@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .files import Loan, Pipe
     from .instance import AddressSpace, OpenContext
     from .packet import Request
+    from .seccomp.notify import Supervisor
     from .segments import Segment
     from .serve import Server
 
@@ -61,10 +62,11 @@ class Channel:
         self.open = True  # the connection
         self.joined = False  # a context
         self.closing = False  # once the reply that is on its way has left
+        self.supervisor: Supervisor | None = None  # when the peer is a keeper
         self.memory = SegmentMemory()
         self._pending: tuple[bytes, list[int], list[Pipe | Loan]] | None = None
-        server.channels.add(self)
         server.reactor.register(self.fd, self, FROM_CLIENT)
+        server.channels.add(self)
 
     @property
     def waiting(self) -> bool:
@@ -97,6 +99,8 @@ class Channel:
 
     def leave(self) -> None:
         """The context, the address space and the scratch file are this channel's no more."""
+        if self.supervisor is not None:
+            self.supervisor.detach()
         if not self.joined:
             return
         self.joined = False
@@ -105,7 +109,6 @@ class Channel:
             self.context.ctx.put()
         except Exception as error:
             log.bug(error, pid=self.peer.pid, uid=self.peer.uid)
-        self.context.settle()
         self.server.spaces.leave(self.space, self)
 
     def use_scratch(self, fd: int | None) -> None:
@@ -174,6 +177,8 @@ class Channel:
             raise ProtocolError("the packet or its descriptors were cut off")
         if not size:
             self.close()
+        elif self.supervisor is not None:
+            raise ProtocolError("a keeper has nothing more to say")
         else:
             self._hello(bytes(self.server.view[:size]), fds)
 
@@ -182,7 +187,10 @@ class Channel:
             answer = greet(self, packet, fds)
         except Refusal as refusal:
             self._send(refusal.answer, NO_FDS, NO_PIPES)
-            self.close(refusal.reason, INFO)
+            self.close(refusal.reason, INFO if self.server.ratelimit(self.peer.uid) else 0)
+            return
+        if self.supervisor is not None:
+            self._send(answer, NO_FDS, NO_PIPES)
             return
         machine = self.context.instance.machine.name
         log.event(DEBUG, "channel-opened", pid=self.peer.pid, uid=self.peer.uid, machine=machine)

@@ -143,7 +143,6 @@ class Pipes:
             pipe.file.put()
         except Exception as error:
             log.bug(error, uid=pipe.uid)
-        pipe.context.settle()
 
     def close(self) -> None:
         """The daemon ends: forget every file."""
@@ -209,6 +208,10 @@ class Descriptors:
         """Send a copy of one of the daemon's own descriptors along; EMFILE."""
         self._room()
         self.outgoing.append(self.pipes.lend(fd, self.uid))
+
+    def take_back(self) -> None:
+        """What was lent last is not sent after all."""
+        self.pipes.sent(self.outgoing.pop())
 
     def _room(self) -> None:
         if len(self.outgoing) == MAX_FDS:

@@ -27,14 +27,20 @@ class Refusal(Exception):
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
     """Join the channel to the context asked for; the reply. Refusal; ProtocolError for what is no hello."""
-    if len(packet) != Hello.SIZEOF:
+    if len(packet) < Hello.SIZEOF:
         raise ProtocolError(f"a hello of {len(packet)} bytes")
-    hello = Hello.unpack(packet)
+    hello, text = Hello.unpack(packet), packet[Hello.SIZEOF :]
+    if text and hello.kind != Kind.SUPERVISE:
+        raise ProtocolError(f"a hello of {len(packet)} bytes")
     if hello.magic != MAGIC:
         raise ProtocolError(f"magic {hello.magic:#x}")
     if hello.version != VERSION:
         raise Refusal(hello, EPROTONOSUPPORT, f"version {hello.version}")
     try:
+        if hello.kind == Kind.SUPERVISE:
+            from .seccomp.hello import supervise
+
+            return supervise(channel, hello, _name(hello.machine), text, fds)
         _join(channel, hello, fds)
     except IommufdError as error:
         raise Refusal(hello, error.errno, error.reason) from None

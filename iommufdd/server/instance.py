@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .nofile import Nofile
 
+REGISTERS_END = 1 << 40  # bytes, all of them holes
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -33,11 +34,21 @@ class Instance:
         self.contexts: set[OpenContext] = set()
 
 
+class ServedContext(Context):
+    """A context that tells when its last reference, wherever that was, is gone."""
+
+    opened: OpenContext
+
+    def release(self) -> None:
+        super().release()
+        self.opened.settle()
+
+
 class OpenContext:
     """One open /dev/iommu: the context, and the memfd whose inode is its identity."""
 
-    def __init__(self, instance: Instance, uid: int, *, container: bool) -> None:
-        """container: as /dev/vfio/vfio. EMFILE."""
+    def __init__(self, instance: Instance, uid: int, *, container: bool, mappable: bool = False) -> None:
+        """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
         instance.instances.nofile.charge(uid)
@@ -46,14 +57,17 @@ class OpenContext:
         except OSError:
             instance.instances.nofile.uncharge(uid)
             raise EMFILE("the daemon has no descriptor left") from None
-        fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED)
+        if mappable:
+            os.ftruncate(self.identity, REGISTERS_END)
+        fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED & ~fcntl.F_SEAL_WRITE if mappable else SEALED)
         self.key = file_key(self.identity)
-        self.ctx = Context(instance.machine, container=container)
+        self.ctx = ServedContext(instance.machine, container=container)
+        self.ctx.opened = self
         instance.contexts.add(self)
         instance.instances.contexts[self.key] = self
 
     def settle(self) -> None:
-        """After a put(): forget the context if that was the last one."""
+        """Forget the context if it has no reference left."""
         if self.ctx.refs == 0 and self.identity >= 0:
             os.close(self.identity)
             self.identity = -1
@@ -83,6 +97,10 @@ class Instances:
         if name:
             self._named[name] = instance
         return context
+
+    def join(self, name: str) -> Instance:
+        """The machine of that name if a context is open on it, else a new one; for contexts opened later."""
+        return self._named.get(name) or Instance(self, self._new_machine(name))
 
     def find(self, fd: int) -> OpenContext:
         """The context that a descriptor identifies; EBADFD."""

@@ -35,7 +35,7 @@ class Listener:
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self.server = server
         self.sock = sock
-        self._spare = _spare()
+        self._spare: int | None = _spare()
         sock.setblocking(False)
         server.reactor.register(sock.fileno(), self, select.EPOLLIN)
 
@@ -47,14 +47,16 @@ class Listener:
                 return
             except OSError as error:
                 if not self._refuse_without_descriptor():
-                    log.event(WARNING, "accept-failed", why=error.strerror)
+                    if self.server.ratelimit("accept"):
+                        log.event(WARNING, "accept-failed", why=error.strerror)
                     return
                 continue
             adopt(self.server, connection)
 
     def _refuse_without_descriptor(self) -> bool:
         """Every descriptor is taken: accept with the spare one and hang up, or the peer would wait for ever."""
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
         try:
             connection, _ = self.sock.accept()
             refuse(connection, EMFILE("the daemon has no descriptor left"))
@@ -67,7 +69,8 @@ class Listener:
     def close(self) -> None:
         self.server.reactor.unregister(self.sock.fileno())
         self.sock.close()
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
 
 
 class SocketFile:
@@ -96,9 +99,15 @@ def adopt(server: Server, connection: socket.socket) -> None:
     except OSError:  # it has gone already
         connection.close()
         return
-    if connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < SEND_BUFFER:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    Channel(server, connection, peer)
+    try:
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < SEND_BUFFER:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        Channel(server, connection, peer)
+    except OSError as error:  # fs.epoll.max_user_watches
+        server.nofile.uncharge(peer.uid)
+        connection.close()
+        if server.ratelimit("refused"):
+            log.event(WARNING, "refused", why=error.strerror)
 
 
 def refuse(connection: socket.socket, error: IommufdError) -> None:
@@ -191,9 +200,12 @@ def notify(state: str) -> None:
             log.event(WARNING, "notify-failed", why=error.strerror)
 
 
-def _spare() -> int:
+def _spare() -> int | None:
     """A descriptor to be given up when there is no other."""
-    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def _inode(path: str) -> tuple[int, int] | None:

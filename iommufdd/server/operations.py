@@ -98,7 +98,11 @@ def mmap(channel: Channel, _: int, __: int, segments: tuple[Segment, ...]) -> in
     vma = channel.context.ctx.mmap(caller, body.offset, body.length, body.prot, body.flags)
     try:
         files.lend(registers_of(vma.region, channel.server.nofile, channel.peer.uid).fd)
-        files.fd_install(caller.get_unused_fd(), vma)
+        try:
+            files.fd_install(caller.get_unused_fd(), vma)
+        except IommufdError:
+            files.take_back()
+            raise
     except IommufdError:
         vma.put()
         raise

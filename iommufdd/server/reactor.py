@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from . import log
+
 if TYPE_CHECKING:
     from .files import Pipes
 
@@ -28,7 +30,7 @@ class Source(Protocol):
     """Something with a descriptor in the reactor."""
 
     def ready(self, mask: int) -> None:
-        """epoll says so; never raises, never waits."""
+        """epoll says so; never waits."""
         ...
 
 
@@ -46,18 +48,22 @@ class Reactor:
         self._epoll = select.epoll()
         self._sources: dict[int, Source] = {}
         self._pipes = pipes
-        self._closers = pipes.closers.fileno()
-        self.register(self._closers, pipes, select.EPOLLIN)
+        self._closers: set[int] = set()
+        self.register(pipes.closers.fileno(), pipes, select.EPOLLIN, first=True)
 
-    def register(self, fd: int, source: Source, events: int) -> None:
-        self._sources[fd] = source
+    def register(self, fd: int, source: Source, events: int, *, first: bool = False) -> None:
+        """`first`: it tells of descriptors that were closed, so it comes before all others of its batch."""
         self._epoll.register(fd, events)
+        self._sources[fd] = source
+        if first:
+            self._closers.add(fd)
 
     def modify(self, fd: int, events: int) -> None:
         self._epoll.modify(fd, events)
 
     def unregister(self, fd: int) -> None:
         del self._sources[fd]
+        self._closers.discard(fd)
         self._epoll.unregister(fd)
 
     async def run(self) -> None:
@@ -109,9 +115,19 @@ class Reactor:
         sources = self._sources
         for fd, mask in events:
             source = sources.get(fd)
-            if source is not None:  # else closed by an earlier event of this batch
+            if source is None:  # closed by an earlier event of this batch
+                continue
+            try:
                 source.ready(mask)
+            except Exception as error:
+                self._give_up(fd, error)
+
+    def _give_up(self, fd: int, error: Exception) -> None:
+        """A source has a bug: the others must not suffer."""
+        log.bug(error, fd=fd)
+        if fd in self._sources and fd not in self._closers:
+            self.unregister(fd)
 
     def _rank(self, event: tuple[int, int]) -> int:
         fd, mask = event
-        return 0 if fd == self._closers else 1 if mask & HUNG_UP else 2
+        return 0 if fd in self._closers else 1 if mask & HUNG_UP else 2

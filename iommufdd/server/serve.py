@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from iommufdd.user import Task
 
     from .channel import Channel
+    from .seccomp.fds import Watch
+    from .seccomp.notify import Supervisor
 
 LINGER = 0.001  # seconds; see Reactor
 
@@ -54,6 +56,8 @@ class Server:
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)
         self.channels: set[Channel] = set()
+        self.supervisors: set[Supervisor] = set()
+        self._watch: Watch | None = None
         self.listeners: list[Listener] = []
         self.socket_files: list[SocketFile] = []
         self.ratelimit = log.Ratelimit()
@@ -73,8 +77,16 @@ class Server:
         """Credentials of a channel's peer."""
         return credentials.task_of(channel.sock, channel.peer, machine, self.virtual)
 
+    def watch(self) -> Watch:
+        """The watch over descriptors in traced processes, made when first needed. EMFILE."""
+        if self._watch is None:
+            from .seccomp.fds import Watch
+
+            self._watch = Watch(self.reactor, self.nofile, self.pipes.closers)
+        return self._watch
+
     def channel_closed(self) -> None:
-        if not self.channels:
+        if not self.channels and not self.supervisors:
             self.idle.set()
 
     def close(self) -> None:
@@ -85,6 +97,10 @@ class Server:
             listener.close()
         for channel in list(self.channels):
             channel.close("shutdown")
+        for supervisor in list(self.supervisors):
+            supervisor.close()
+        if self._watch is not None:
+            self._watch.close()
         self.reactor.close()
         self.pipes.close()
         self.page_files.close()

@@ -32,8 +32,6 @@ from iommufd_uapi.layout import Direction
 from tests.client import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from iommufd_uapi.layout import Ioctl
 
 
@@ -41,24 +39,25 @@ class FakeScratch:
     """The scratch file as a bytearray."""
 
     def __init__(self) -> None:
-        self.fileno = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.unannounced = True
         self.bytes = bytearray()
+        self.places = 0
 
     def place(self, data: bytes, length: int) -> int:
         offset = len(self.bytes)
         self.bytes += data.ljust(length, b"\0")
+        self.places += 1
         return offset
+
+    def release(self, count: int) -> None:
+        self.places -= count
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self.bytes[offset : offset + length])
 
 
 @pytest.fixture
-def scratch() -> Iterator[FakeScratch]:
-    fake = FakeScratch()
-    yield fake
-    os.close(fake.fileno)
+def scratch() -> FakeScratch:
+    return FakeScratch()
 
 
 def results(packet: Packet, reply: bytes, fds: tuple[int, ...] = ()) -> list[Result]:
@@ -295,29 +294,42 @@ def test_large_memory_lies_in_the_scratch_file(scratch: FakeScratch) -> None:
     cmd = uapi.HwptGetDirtyBitmap(length=800_000 * 4096, page_size=4096, data=buffers.add(bitmap))
     packet = Packet(scratch)
     packet.add(calls.ioctl(cmd.CMD, cmd, buffers))
-    announcement, request = reference.parse(packet.data, len(packet.fds))
-    assert (announcement.op, announcement.cmd, packet.fds) == (reference.SCRATCH, 0, [scratch.fileno])
+    (request,) = reference.parse(packet.data)
     data = request.segments[1]
     assert data.scratch is not None
     assert scratch.bytes[data.scratch : data.scratch + 100_000] == bitmap
     assert (data.readable, data.writable) == (100_000, 100_000)
+    assert packet.places == scratch.places == 1
     scratch.bytes[data.scratch + 50_000] = 0xFF
-    assert results(packet, reference.reply(0) + reference.reply(0, [(1, 50_000, 1)])) == [0]
+    assert results(packet, reference.reply(0, [(1, 50_000, 1)])) == [0]
     assert bitmap[50_000] == 0xFF
     assert bitmap[0] == 1
-
-    again = Packet(scratch)
-    again.add(calls.ioctl(cmd.CMD, cmd, buffers))
-    assert len(reference.parse(again.data)) == 1  # the daemon knows the file
+    assert scratch.places == 0
 
 
-def test_a_scratch_file_that_is_refused(scratch: FakeScratch) -> None:
+def test_a_place_is_kept_until_the_packet_goes(scratch: FakeScratch) -> None:
     buffers = Buffers()
     cmd = uapi.HwInfo(data_len=100_000, data_uptr=buffers.add(bytearray(100_000)))
     packet = Packet(scratch)
     packet.add(calls.ioctl(cmd.CMD, cmd, buffers))
-    with pytest.raises(IommufdOSError, match="Invalid"):
-        results(packet, reference.reply(-22) + reference.reply(-14))
+    with pytest.raises(ProtocolError):
+        results(packet, b"")
+    assert scratch.places == 0
+    packet = Packet(scratch)
+    packet.add(calls.ioctl(cmd.CMD, cmd, buffers))
+    assert scratch.places == 1
+    del packet  # never sent
+    assert scratch.places == 0
+
+
+def test_a_full_packet_places_nothing(scratch: FakeScratch) -> None:
+    packet = Packet(scratch)
+    while packet.add_plain(uapi.Destroy()):
+        pass
+    buffers = Buffers()
+    cmd = uapi.HwInfo(data_len=100_000, data_uptr=buffers.add(bytearray(100_000)))
+    assert not packet.add(calls.ioctl(cmd.CMD, cmd, buffers))
+    assert scratch.places == 0
 
 
 # ---- any batch, any reply ----
@@ -355,61 +367,53 @@ def writes(draw: st.DrawFn, segments: list[reference.Segment]) -> list[tuple[int
 def test_any_batch_and_any_reply(
     found: list[tuple[Ioctl, Buffers, list[bytearray]]], reason: bool, data: st.DataObject
 ) -> None:
-    fake = FakeScratch()
-    try:
-        batch, sent = batch_of(fake, int(reason))
-        for cmd, buffers, _ in found:
-            batch.ioctl(cmd, memory=buffers)
-        batch.send()
-        (packet,) = sent
-        requests = reference.parse(packet.data)
-        assert [(each.op, each.reason, each.cmd, each.arg) for each in requests] == [
-            (reference.IOCTL, reason, cmd.CMD, 0) for cmd, _, _ in found
-        ]
-        reply, expected = b"", []
-        for (cmd, buffers, _), request in zip(found, requests, strict=True):
-            assert request.segments[0].data == cmd.pack()
-            image = {index: bytearray(each.readable or each.writable) for index, each in enumerate(request.segments)}
-            for index, segment in enumerate(request.segments):
-                shown = cmd.pack() if not index else buffers.read(segment.addr, len(image[index]))
-                assert segment.data == shown[: segment.readable]
-                image[index][:] = shown
-            stored = data.draw(writes(request.segments))
-            for index, offset, new in stored:
-                image[index][offset : offset + len(new)] = new
-            result = data.draw(st.integers(-4095, 2**31 - 1))
-            why = data.draw(st.text(st.characters(codec="utf-8"), max_size=20)) if reason and result < 0 else ""
-            reply += reference.reply(result, stored, why)
-            expected.append((result, why, request, image))
-        answers = results(packet, reply)
-        for (cmd, buffers, _), answer, (result, why, request, image) in zip(found, answers, expected, strict=True):
-            assert cmd.pack() == image.pop(0)
-            for index, bytes_after in image.items():
-                assert buffers.read(request.segments[index].addr, len(bytes_after)) == bytes_after
-            if result < 0:
-                assert isinstance(answer, IommufdOSError)
-                assert (answer.errno, answer.reason, answer.struct) == (-result, why, cmd)
-            else:
-                assert answer == result
-    finally:
-        os.close(fake.fileno)
+    batch, sent = batch_of(FakeScratch(), int(reason))
+    for cmd, buffers, _ in found:
+        batch.ioctl(cmd, memory=buffers)
+    batch.send()
+    (packet,) = sent
+    requests = reference.parse(packet.data)
+    assert [(each.op, each.reason, each.cmd, each.arg) for each in requests] == [
+        (reference.IOCTL, reason, cmd.CMD, 0) for cmd, _, _ in found
+    ]
+    reply, expected = b"", []
+    for (cmd, buffers, _), request in zip(found, requests, strict=True):
+        assert request.segments[0].data == cmd.pack()
+        image = {index: bytearray(each.readable or each.writable) for index, each in enumerate(request.segments)}
+        for index, segment in enumerate(request.segments):
+            shown = cmd.pack() if not index else buffers.read(segment.addr, len(image[index]))
+            assert segment.data == shown[: segment.readable]
+            image[index][:] = shown
+        stored = data.draw(writes(request.segments))
+        for index, offset, new in stored:
+            image[index][offset : offset + len(new)] = new
+        result = data.draw(st.integers(-4095, 2**31 - 1))
+        why = data.draw(st.text(st.characters(codec="utf-8"), max_size=20)) if reason and result < 0 else ""
+        reply += reference.reply(result, stored, why)
+        expected.append((result, why, request, image))
+    answers = results(packet, reply)
+    for (cmd, buffers, _), answer, (result, why, request, image) in zip(found, answers, expected, strict=True):
+        assert cmd.pack() == image.pop(0)
+        for index, bytes_after in image.items():
+            assert buffers.read(request.segments[index].addr, len(bytes_after)) == bytes_after
+        if result < 0:
+            assert isinstance(answer, IommufdOSError)
+            assert (answer.errno, answer.reason, answer.struct) == (-result, why, cmd)
+        else:
+            assert answer == result
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_as_a_reply(data: bytes) -> None:
-    fake = FakeScratch()
+    packet = Packet(FakeScratch())
+    packet.add_plain(uapi.IoasAlloc())
+    cmd = uapi.HwInfo()
+    packet.add(calls.ioctl(cmd.CMD, cmd, Buffers()))
     try:
-        packet = Packet(fake)
-        packet.add_plain(uapi.IoasAlloc())
-        cmd = uapi.HwInfo()
-        packet.add(calls.ioctl(cmd.CMD, cmd, Buffers()))
-        try:
-            found = results(packet, data)
-        except ProtocolError:
-            return
-        assert len(found) == 2
-    finally:
-        os.close(fake.fileno)
+        found = results(packet, data)
+    except ProtocolError:
+        return
+    assert len(found) == 2
 
 
 def test_room_is_what_the_page_says() -> None:

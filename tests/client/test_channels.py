@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from iommufd_client import Iommufd, IommufdOSError
+from iommufd_client import Buffers, Iommufd, IommufdOSError
 from iommufd_client.testing import Daemon
 from iommufd_uapi import iommufd as uapi
+from iommufd_uapi import iommufd_test as mock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,6 +76,42 @@ def test_threads_take_turns_on_one_channel(iommufd: Iommufd) -> None:
     for thread in threads:
         thread.join()
     assert sorted(ids) == list(range(1, 801))
+
+
+def test_threads_share_the_scratch_file_of_a_channel(iommufd: Iommufd) -> None:
+    ioas = iommufd.ioas_alloc()
+    wrong: list[int] = []
+    with iommufd.guest_memory(8 << 20) as ram, iommufd.create_access(ioas) as dma:
+        iommufd.ioas_map(ioas, ram, iova=RAM)
+
+        def work(number: int) -> None:
+            offset, length = number << 21, 70_000 + 300_000 * number
+            for turn in range(20):
+                data = bytes([number, turn]) * (length // 2)
+                iommufd.access_write(dma, RAM + offset, data)
+                if iommufd.access_read(dma, RAM + offset, length) != data:
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_a_batch_waits_with_its_place_in_the_scratch_file(iommufd: Iommufd) -> None:
+    ioas = iommufd.ioas_alloc()
+    with iommufd.guest_memory(8 << 20) as ram, iommufd.create_access(ioas) as dma:
+        iommufd.ioas_map(ioas, ram, iova=RAM)
+        buffers, data = Buffers(), b"a" * 100_000
+        arg = mock.AccessRw(iova=RAM, length=len(data), uptr=buffers.add(data), flags=mock.MOCK_ACCESS_RW_WRITE)
+        batch = iommufd.batch()
+        batch.ioctl(mock.TestCmd(op=mock.IOMMU_TEST_OP_ACCESS_RW, id=dma.fileno(), u=arg.pack()), memory=buffers)
+        iommufd.access_write(dma, RAM + (1 << 20), b"b" * 3_000_000)
+        assert batch.send() == [0]
+        assert ram.read(0, 100_000) == data
+        assert ram.read(1 << 20, 3_000_000) == b"b" * 3_000_000
 
 
 def test_a_thread_with_a_channel_of_its_own(iommufd: Iommufd) -> None:

@@ -63,18 +63,20 @@ def test_a_dropped_descriptor_warns_and_is_closed() -> None:
 
 def test_the_scratch_file_is_made_when_needed_and_grows() -> None:
     scratch = ScratchFile()
-    assert (scratch.fileno, scratch.unannounced) == (-1, False)
+    assert (scratch.fileno, scratch.unannounced) == (-1, 0)
     assert scratch.place(b"abc", 5000) == 0
-    assert scratch.unannounced
+    assert scratch.unannounced == FIRST
     assert fcntl.fcntl(scratch.fileno, F_GET_SEALS) == SHRINK
-    scratch.unannounced = False
+    scratch.announced = FIRST
     assert scratch.place(b"def", 10) == 8192
-    assert not scratch.unannounced
+    assert scratch.unannounced == 0
     fd = scratch.fileno
     assert scratch.place(b"x" * FIRST, FIRST) == 12288
-    assert (scratch.unannounced, scratch.fileno) == (True, fd)
+    assert (scratch.unannounced, scratch.fileno) == (2 * FIRST, fd)
     assert (scratch.read(0, 3), scratch.read(8192, 4), scratch.read(12288, 2)) == (b"abc", b"def\0", b"xx")
-    scratch.rewind()
+    scratch.release(2)
+    assert scratch.place(b"", 1) > FIRST
+    scratch.release(2)
     assert scratch.place(b"", 1) == 0
     scratch.close()
     assert not is_open(fd)
@@ -84,10 +86,11 @@ def test_a_large_scratch_file_is_not_kept() -> None:
     scratch = ScratchFile()
     scratch.place(b"", KEPT + 1)
     fd = scratch.fileno
-    scratch.rewind()
+    scratch.announced = scratch.unannounced
+    scratch.release(1)
     assert not is_open(fd)
     assert scratch.place(b"", 1) == 0
-    assert scratch.unannounced
+    assert scratch.unannounced == FIRST
     scratch.close()
 
 

@@ -72,7 +72,7 @@ def test_a_daemon_that_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gone(pid)
 
 
-def test_a_daemon_does_not_outlive_its_client() -> None:
+def test_a_daemon_does_not_outlive_its_client(tmp_path: Path) -> None:
     script = """
 import sys, time
 from iommufd_client.testing import Daemon
@@ -80,7 +80,11 @@ with Daemon() as daemon:
     print(daemon.pid, flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+    # Killed as it is, it leaves its directory behind: in ours.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         process.kill()

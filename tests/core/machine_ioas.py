@@ -24,6 +24,7 @@ from iommufdd.access_file import SelftestAccess
 from iommufdd.context import Context
 from iommufdd.hw_pagetable import HwptPaging
 from iommufdd.ioas import Ioas
+from iommufdd.pages import Account
 from iommufdd.user import PAGE_SIZE, ULONG_MAX, PageFile
 
 from . import naive
@@ -123,7 +124,13 @@ class IoasRules(CoreMachine):
 
     @rule(who=number, nth=fault)
     def change_process(self, who: int, nth: int) -> None:
-        self.call(self.client(who), uapi.IoasChangeProcess(), nth, unless="change_mm() goes on when a payer is gone")
+        """quirk: mm->pinned_vm stays behind where nobody is charged, and where the payer is gone."""
+        client = self.client(who)
+        for ioas in (obj for obj in client.ictx.objects if isinstance(obj, Ioas)):
+            for pages in (area.pages for area in ioas.iopt.areas):
+                if pages.mm is not client.mm and (pages.account is Account.NONE or not pages.mm.alive):
+                    self.world.lost_count = True
+        self.call(client, uapi.IoasChangeProcess(), nth, unless="change_mm() goes on when a payer is gone")
 
     @rule(who=number, to=number, at=offset, size=length, nth=fault)
     def add_reserved(self, who: int, to: int, at: int, size: int, nth: int) -> None:

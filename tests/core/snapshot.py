@@ -218,7 +218,7 @@ class _Snapshot:
 
     def device(self, dev: Device) -> State:
         if not isinstance(dev, MockDevice):
-            return dict(vars(dev).get("now", {}))
+            return {pasid: self.domain(domain) for pasid, domain in vars(dev).get("now", {}).items()}
         return {
             "domain": self.domain(dev.domain),
             "cache": list(dev.cache),

@@ -12,6 +12,7 @@ from iommufdd.wiring import new_machine
 if TYPE_CHECKING:
     from iommufdd.context import Context
     from iommufdd.mmap import Vma
+    from iommufdd.objects import Holder
 
 ARGUMENT = 0x7F000000  # where a process keeps the struct of a call, and what its pointers name
 DATA = ARGUMENT + PAGE_SIZE
@@ -79,6 +80,8 @@ class World:
         self.memfds: list[Memfd] = []  # the world holds one reference of each
         self.processes: list[Process] = []
         self.vmas: list[Vma] = []  # live mappings of registers
+        self.drivers: list[Holder] = []  # of devices that tests bound by hand
+        self.lost_count = False  # CHANGE_PROCESS moved pages whose charge it could not move
 
     def memfd(self, npages: int = 16, *, compound: bool = False) -> Memfd:
         file = Memfd(npages, name=f"memfd{len(self.memfds)}", compound=compound)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from typing import TypeVar
 
 import pytest
 
@@ -13,12 +14,16 @@ from iommufdd.server.admin import answer
 from tests.server.conftest import Daemon, Local, Start
 from tests.server.peer import ioctl, memfd, selftest
 
+R = TypeVar("R", bound=admin.Reply)
+
 PAGE = 4096
 
 
-def ask(local, request: admin.Request) -> admin.Reply:
+def ask(local: Local, request: admin.Request, expected: type[R]) -> R:
     """Through the lines of the socket, without the socket."""
-    return admin.decode_reply(admin.encode(answer(local.server, admin.encode(request))))
+    reply = admin.decode_reply(admin.encode(answer(local.server, admin.encode(request))))
+    assert isinstance(reply, expected)
+    return reply
 
 
 def classes_of(counts: admin.Counts) -> dict[str, int]:
@@ -27,7 +32,7 @@ def classes_of(counts: admin.Counts) -> dict[str, int]:
 
 
 def test_stats_count_what_is_there(local: Local) -> None:
-    nothing = ask(local, admin.Stats(classes=True))
+    nothing = ask(local, admin.Stats(classes=True), admin.Counts)
     before = classes_of(nothing)
     peer = local.connect()
     ioas = peer.ioas()
@@ -38,16 +43,16 @@ def test_stats_count_what_is_there(local: Local) -> None:
     access = peer.access(ioas)
     union = iommufd_test.AccessPages(iova=0, length=2 * PAGE)
     assert peer.one(ioctl(selftest(iommufd_test.IOMMU_TEST_OP_ACCESS_PAGES, 0, union)), [access]).result == 0
-    stats = ask(local, admin.Stats(classes=True))
+    stats = ask(local, admin.Stats(classes=True), admin.Counts)
     assert (stats.instances, stats.contexts, stats.channels, stats.address_spaces) == (1, 1, 1, 1)
     assert stats.objects_by_type == {"IOAS": 1, "ACCESS": 1}
     assert (stats.areas, stats.regions, stats.files, stats.page_files) == (1, 1, 1, 1)
     assert stats.pinned_pages == 2
-    assert stats.classes["iommufdd.context.Context"] == 1
+    assert stats.classes["iommufdd.server.instance.ServedContext"] == 1
     os.close(fd)
     os.close(access)
     peer.close()
-    after = ask(local, admin.Stats(classes=True))
+    after = ask(local, admin.Stats(classes=True), admin.Counts)
     assert classes_of(after) == before
     assert (after.charged_fds, after.open_fds) == (nothing.charged_fds, nothing.open_fds)
 
@@ -55,8 +60,8 @@ def test_stats_count_what_is_there(local: Local) -> None:
 def test_a_close_is_seen_before_the_answer(local: Local) -> None:
     peer = local.connect()
     peer.sock.close()
-    assert ask(local, admin.Stats()).channels == 0
-    assert isinstance(ask(local, admin.Show()), admin.Tree)
+    assert ask(local, admin.Stats(), admin.Counts).channels == 0
+    assert ask(local, admin.Show(), admin.Tree).instances == []
 
 
 def test_show(local: Local) -> None:
@@ -64,7 +69,7 @@ def test_show(local: Local) -> None:
     second = local.connect(kind=1, fds=[peer.identity])
     ioas = peer.ioas()
     access = peer.access(ioas)
-    (instance,) = ask(local, admin.Show()).instances
+    (instance,) = ask(local, admin.Show(), admin.Tree).instances
     assert instance.name == "lab"
     assert [user.uid for user in instance.users] == [os.geteuid()]
     (context,) = instance.contexts
@@ -82,30 +87,30 @@ def test_credentials(local: Local) -> None:
     local.server.virtual_caller = True
     peer = local.connect()
     request = admin.Credentials(peer.mm, uid=4711, caps=["CAP_IPC_LOCK"], memlock=8192)
-    assert ask(local, request) == admin.Done(1)
-    (instance,) = ask(local, admin.Show()).instances
+    assert ask(local, request, admin.Done).channels == 1
+    (instance,) = ask(local, admin.Show(), admin.Tree).instances
     (channel,) = instance.contexts[0].channels
     assert (channel.uid, channel.caps, channel.memlock) == (4711, ["CAP_IPC_LOCK"], 8192)
-    assert ask(local, admin.Credentials(peer.mm)) == admin.Done(1)
-    assert ask(local, admin.Credentials(1)) == admin.Done(0)
-    assert ask(local, admin.Credentials(peer.mm, caps=["CAP_CHOWN"])).errno == errno.EINVAL
+    assert ask(local, admin.Credentials(peer.mm), admin.Done).channels == 1
+    assert ask(local, admin.Credentials(1), admin.Done).channels == 0
+    assert ask(local, admin.Credentials(peer.mm, caps=["CAP_CHOWN"]), admin.Error).errno == errno.EINVAL
 
 
 def test_credentials_are_refused_by_default(local: Local) -> None:
     peer = local.connect()
-    assert ask(local, admin.Credentials(peer.mm, uid=1)).errno == errno.EPERM
+    assert ask(local, admin.Credentials(peer.mm, uid=1), admin.Error).errno == errno.EPERM
 
 
 def test_fault(local: Local) -> None:
     peer = local.connect()
-    assert ask(local, admin.Fault(peer.mm)).gates == [admin.Gate(0, None)]
-    assert ask(local, admin.Fault(peer.mm, 1)).gates == [admin.Gate(1, None)]
+    assert ask(local, admin.Fault(peer.mm), admin.Gates).gates == [admin.Gate(0, None)]
+    assert ask(local, admin.Fault(peer.mm, 1), admin.Gates).gates == [admin.Gate(1, None)]
     reply = peer.one(ioctl(iommufd.IoasAlloc(), flags=wire.Flag.REASON))
     assert reply.result == -errno.EFAULT
-    (gate,) = ask(local, admin.Fault(peer.mm)).gates
+    (gate,) = ask(local, admin.Fault(peer.mm), admin.Gates).gates
     assert (gate.left, gate.fired) == (0, "COPY_IN")
     assert peer.ioas() == 1
-    assert ask(local, admin.Fault(1)).gates == []
+    assert ask(local, admin.Fault(1), admin.Gates).gates == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from iommufd_uapi import iommufd, iommufd_test, wire
 from iommufdd.server.nofile import SPARE
 from tests.server.conftest import Local
-from tests.server.peer import STRUCT_ADDR, Segment, body, close_all, ioctl, memfd, request, selftest
+from tests.server.peer import STRUCT_ADDR, Peer, Segment, body, close_all, ioctl, memfd, request, selftest
 
 PAGE = 4096
 MAP_FLAGS = 7  # FIXED_IOVA, WRITEABLE, READABLE
@@ -28,7 +28,7 @@ def access_rw(index: int, length: int, *, write: bool, buffer: Segment) -> bytes
     return ioctl(selftest(iommufd_test.IOMMU_TEST_OP_ACCESS_RW, index, union), buffer)
 
 
-def fault_queue(peer) -> tuple[int, int]:
+def fault_queue(peer: Peer) -> tuple[int, int]:
     """A fault queue: its object and its descriptor."""
     reply = peer.one(ioctl(iommufd.FaultAlloc()))
     assert reply.result == 0
@@ -184,7 +184,7 @@ def test_pages_through_an_access(local: Local) -> None:
     buffer = Segment(0x9000, writable=PAGE)
     reply = peer.one(access_rw(0, PAGE, write=False, buffer=buffer), [access])
     assert reply.result == 0
-    assert reply.writes[0][2][100:121] == b"written by the client"
+    assert bytes(reply.writes[0][2])[100:121] == b"written by the client"
     buffer = Segment(0x9000, b"written by the device".ljust(PAGE, b"!"))
     assert peer.one(access_rw(0, PAGE, write=True, buffer=buffer), [access]).result == 0
     assert os.pread(fd, 21, 0) == b"written by the device"
@@ -272,6 +272,13 @@ def test_a_foreign_pipe_is_no_file_of_ours(local: Local) -> None:
     ours = os.pipe()
     assert peer.one(request(wire.Op.READ, 0, [Segment(0, writable=8)]), [ours[0]]).result == -errno.EINVAL
     close_all(list(ours))
+
+
+def test_mapping_what_is_not_there(local: Local) -> None:
+    peer = local.connect()
+    shared, private = body(wire.Op.MMAP, length=PAGE, prot=3, flags=1), body(wire.Op.MMAP, length=PAGE, prot=3, flags=2)
+    assert [reply.result for reply in peer.call(shared, private)] == [-errno.ENXIO, -errno.EINVAL]
+    assert peer.fds == []
 
 
 @pytest.mark.xfail(reason="pages.py: FilePages holds any file, and so its own context")

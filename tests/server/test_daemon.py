@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from iommufd_uapi import iommufd, wire
+from iommufd_uapi import admin, iommufd, wire
 from iommufdd import __version__
 from tests.server.conftest import Daemon, Start, eventually
 from tests.server.peer import hello, ioctl
@@ -259,8 +259,8 @@ def test_more_connections_than_descriptors(start: Start) -> None:
     assert first.ioas() == 1
     for peer in peers:
         peer.close()
-    with daemon.admin() as admin:
-        eventually(lambda: admin.stats().channels == 1)
+    with daemon.admin() as teller:
+        eventually(lambda: teller.stats().channels == 1)
     assert daemon.connect().ioas() == 1
 
 
@@ -268,7 +268,7 @@ def test_more_connections_than_descriptors(start: Start) -> None:
 
 DIES = """
 import sys
-from iommufd_uapi import iommufd, wire
+from iommufd_uapi import admin, iommufd, wire
 from tests.server.peer import *
 peer = Peer(sys.argv[1])
 ioas, fd = peer.ioas(), memfd(1 << 20)
@@ -285,15 +285,15 @@ while True:
 """
 
 
-def steady(counts) -> dict[str, object]:
+def steady(counts: admin.Counts) -> dict[str, object]:
     """What must come back to what it was: all but the number of turns."""
     return {name: getattr(counts, name) for name in counts.__struct_fields__ if name != "turns"}
 
 
 def test_killed_in_the_middle_of_a_batch(daemon: Daemon) -> None:
-    with daemon.admin() as admin:
-        admin.stats()  # imports and caches of the first time
-        before = steady(admin.stats())
+    with daemon.admin() as teller:
+        teller.stats()  # imports and caches of the first time
+        before = steady(teller.stats())
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         for _ in range(3):
             children = [
@@ -301,14 +301,14 @@ def test_killed_in_the_middle_of_a_batch(daemon: Daemon) -> None:
                 for _ in range(2)
             ]
             for child in children:
+                assert child.stdout is not None
                 assert child.stdout.readline() == b"ready\n"
             time.sleep(0.2)
             for child in children:
                 child.kill()
-                child.wait()
-                child.stdout.close()
-        eventually(lambda: admin.stats().channels == 0)
-        assert steady(admin.stats()) == before
+                child.communicate()
+        eventually(lambda: teller.stats().channels == 0)
+        assert steady(teller.stats()) == before
 
 
 def test_one_slow_and_one_noisy_client_do_not_stop_a_third(daemon: Daemon) -> None:

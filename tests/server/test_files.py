@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from iommufdd.server.files import Pipes, file_key
+from iommufdd.server.instance import OpenContext
 from iommufdd.server.nofile import Nofile
 from iommufdd.user import File
 
@@ -33,13 +34,11 @@ class Queue(File):
         self.released = True
 
 
-class Home:
+class Home(OpenContext):
     """Stands for the context."""
 
-    settled = 0
-
-    def settle(self) -> None:
-        self.settled += 1
+    def __init__(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -51,14 +50,13 @@ def pipes() -> Iterator[Pipes]:
     made.close()
 
 
-def hand_out(pipes: Pipes, file: Queue) -> tuple[int, Home]:
+def hand_out(pipes: Pipes, file: Queue) -> int:
     """What a client gets: its descriptor."""
-    home = Home()
-    pipe = pipes.reserve(home, 0)
+    pipe = pipes.reserve(Home(), 0)
     pipes.publish(pipe, file)
     fd = os.dup(pipe.read_fd)
     pipes.sent(pipe)
-    return fd, home
+    return fd
 
 
 def readable(fd: int) -> bool:
@@ -67,7 +65,7 @@ def readable(fd: int) -> bool:
 
 def test_readiness(pipes: Pipes) -> None:
     file = Queue()
-    fd, _ = hand_out(pipes, file)
+    fd = hand_out(pipes, file)
     assert not readable(fd)
     file.set(select.POLLOUT)  # always true of a fault queue, and nothing a read end can show
     assert not readable(fd)
@@ -89,7 +87,7 @@ def test_readiness(pipes: Pipes) -> None:
 def test_ready_from_the_start(pipes: Pipes) -> None:
     file = Queue()
     file.mask = select.POLLIN
-    fd, _ = hand_out(pipes, file)
+    fd = hand_out(pipes, file)
     assert readable(fd)
     os.close(fd)
     pipes.ready(0)
@@ -97,7 +95,7 @@ def test_ready_from_the_start(pipes: Pipes) -> None:
 
 def test_change_after_the_last_close(pipes: Pipes) -> None:
     file = Queue()
-    fd, _ = hand_out(pipes, file)
+    fd = hand_out(pipes, file)
     os.close(fd)
     file.set(select.POLLIN)  # nobody is there to be told
     file.set(0)
@@ -107,7 +105,7 @@ def test_change_after_the_last_close(pipes: Pipes) -> None:
 
 def test_last_copy_counts(pipes: Pipes) -> None:
     file = Queue()
-    fd, home = hand_out(pipes, file)
+    fd = hand_out(pipes, file)
     copies = [os.dup(fd), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)]
     child = os.fork()
     if not child:
@@ -128,12 +126,11 @@ def test_last_copy_counts(pipes: Pipes) -> None:
     right.close()
     pipes.ready(0)
     assert file.released
-    assert home.settled == 1
 
 
 def test_identity(pipes: Pipes) -> None:
     file = Queue()
-    fd, _ = hand_out(pipes, file)
+    fd = hand_out(pipes, file)
     assert pipes.by_key[file_key(fd)].file is file
     theirs = os.pipe()
     assert file_key(theirs[0]) not in pipes.by_key
@@ -162,7 +159,7 @@ def test_put_back(pipes: Pipes) -> None:
 
 def test_many_at_once(pipes: Pipes) -> None:
     files = [Queue() for _ in range(1500 if pipes.nofile.limit > 4000 else 300)]
-    fds = [hand_out(pipes, file)[0] for file in files]
+    fds = [hand_out(pipes, file) for file in files]
     for fd in fds:
         os.close(fd)
     pipes.ready(0)

@@ -2,11 +2,14 @@
 
 import json
 import logging
+import time
+
+import pytest
 
 from iommufdd.server import log
 
 
-def record(**fields) -> logging.LogRecord:
+def record(**fields: object) -> logging.LogRecord:
     made = logging.LogRecord("iommufdd", logging.WARNING, __file__, 1, "channel-closed", None, None)
     made.fields = fields
     return made
@@ -40,7 +43,7 @@ def test_a_bug_is_one_line_too(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_ratelimit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     limit = log.Ratelimit()
     assert [limit("a") for _ in range(12)] == [True] * 10 + [False] * 2
     assert limit("b")

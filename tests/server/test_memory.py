@@ -14,6 +14,7 @@ import pytest
 from iommufdd.errors import EMFILE
 from iommufdd.server.memory import OtherFile, PageFiles, PrivateFile, SharedFile
 from iommufdd.server.nofile import SPARE, Nofile
+from iommufdd.user import PageFile
 from tests.server.peer import close_all, memfd
 
 PAGE = 4096
@@ -29,10 +30,17 @@ def files() -> Iterator[PageFiles]:
     made.close()
 
 
+def shared(files: PageFiles, fd: int, uid: int) -> SharedFile:
+    """A file that has pages."""
+    file = files.open(fd, uid)
+    assert isinstance(file, SharedFile)
+    return file
+
+
 def test_one_file_per_inode(files: PageFiles) -> None:
     fd = memfd(PAGE)
     again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
-    one, two = files.open(fd, UID), files.open(again, UID)
+    one, two = shared(files, fd, UID), shared(files, again, UID)
     assert one is two
     assert one.pinnable
     close_all([fd, again])
@@ -45,7 +53,7 @@ def test_one_file_per_inode(files: PageFiles) -> None:
 def test_read_only_descriptors_do_not_borrow_a_right(files: PageFiles) -> None:
     fd = memfd(PAGE)
     readonly = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
-    one, two = files.open(fd, UID), files.open(readonly, UID)
+    one, two = shared(files, fd, UID), shared(files, readonly, UID)
     assert one is not two
     assert one.pwrite(0, b"seen") == 4
     assert two.pread(0, 4) == b"seen"
@@ -73,8 +81,7 @@ def test_other_files(files: PageFiles) -> None:
 @pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK], ids=["none", "grow", "shrink"])
 def test_reading_and_writing(files: PageFiles, seals: int) -> None:
     fd = memfd(PAGE + 100, seals)
-    file = files.open(fd, UID)
-    assert isinstance(file, SharedFile)
+    file = shared(files, fd, UID)
     assert file.size() == PAGE + 100
     assert file.pwrite(PAGE, b"x" * 200) == 100  # never beyond the end
     assert file.size() == PAGE + 100
@@ -91,7 +98,7 @@ def test_reading_and_writing(files: PageFiles, seals: int) -> None:
 
 def test_growing(files: PageFiles) -> None:
     fd = memfd(PAGE, fcntl.F_SEAL_SHRINK)
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     assert file.pread(0, 8) == bytes(8)
     os.ftruncate(fd, 4 * PAGE)
     os.pwrite(fd, b"new", 3 * PAGE)
@@ -103,7 +110,7 @@ def test_growing(files: PageFiles) -> None:
 
 def test_shrinking_kills_nobody(files: PageFiles) -> None:
     fd = memfd(4 * PAGE, 0)
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     assert file.pwrite(3 * PAGE, b"x") == 1
     os.ftruncate(fd, 0)
     assert file.pread(3 * PAGE, 1) == b""
@@ -115,9 +122,9 @@ def test_shrinking_kills_nobody(files: PageFiles) -> None:
 def test_sealed_later(files: PageFiles) -> None:
     """Seals are looked at again when the file comes again."""
     fd = memfd(PAGE, 0)
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)
-    again = files.open(fd, UID)
+    again = shared(files, fd, UID)
     assert again.pread(0, 4) == bytes(4)
     assert again.pwrite(0, b"x") == 0
     file.put()
@@ -127,7 +134,7 @@ def test_sealed_later(files: PageFiles) -> None:
 
 def test_empty_and_sealed(files: PageFiles) -> None:
     fd = memfd(0, fcntl.F_SEAL_SHRINK)
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     assert file.pread(0, 4) == b""
     assert file.pwrite(0, b"x") == 0
     file.put()
@@ -136,7 +143,7 @@ def test_empty_and_sealed(files: PageFiles) -> None:
 
 def test_mapping_counts_as_a_descriptor(files: PageFiles) -> None:
     fd = memfd(PAGE)
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     assert files.nofile.taken == {UID: 1}
     file.pread(0, 1)
     assert files.nofile.taken == {UID: 2}
@@ -147,9 +154,9 @@ def test_mapping_counts_as_a_descriptor(files: PageFiles) -> None:
 def test_too_many() -> None:
     files = PageFiles(Nofile(SPARE + 4))
     fds = [memfd(PAGE) for _ in range(3)]
-    opened = [files.open(fd, UID) for fd in fds[:2]]
+    opened = [shared(files, fd, UID) for fd in fds[:2]]
     with pytest.raises(EMFILE):
-        files.open(fds[2], UID)
+        shared(files, fds[2], UID)
     assert opened[0].pread(0, 2) == bytes(2)  # not mapped: no descriptor left for that
     for file in opened:
         file.put()
@@ -158,13 +165,13 @@ def test_too_many() -> None:
 
 def test_private_pages_have_their_own_identity(files: PageFiles) -> None:
     fd = memfd(PAGE)
-    file = files.open(fd, UID)
-    private = PrivateFile(file)
+    file = shared(files, fd, UID)
+    private: PageFile = PrivateFile(file)
     file.put()
     assert private.pwrite(0, b"ab") == 2
     assert private.pread(0, 2) == b"ab"
     assert private.size() == PAGE
-    assert private != file
+    assert private is not file
     private.put()
     os.close(fd)
 
@@ -178,10 +185,10 @@ def test_hugetlb(files: PageFiles) -> None:
     except OSError:
         os.close(fd)
         pytest.skip("no hugetlbfs")
-    file = files.open(fd, UID)
+    file = shared(files, fd, UID)
     assert file.pinnable
     assert file.compound
-    free = int(re.search(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    free = int(re.findall(r"HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text())[0])
     written = file.pwrite(size + 5000, b"device")
     assert file.pread(size + 5000, 6) == (b"device" if written else bytes(6))
     assert written == (6 if free >= 2 else 0)

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from iommufd_uapi import iommufd, wire
+from iommufd_uapi import admin, iommufd, wire
 from tests.server.conftest import Daemon, Start, eventually
 from tests.server.peer import Peer, Segment, ioctl, memfd
 
@@ -37,6 +37,7 @@ class Mutators:
         self.counter = directory / "counter"
         self.counter.write_bytes(bytes(8 * WORKERS))
         self.children: list[subprocess.Popen[bytes]] = []
+        self.stderr = (directory / "stderr").open("w+b")
         self.killed = 0
 
     def count(self) -> int:
@@ -47,13 +48,12 @@ class Mutators:
         seed = self.rng.randrange(2**32)
         arguments = [self.daemon.path, str(seed), str(self.counter), str(slot)]
         command = [sys.executable, "-m", "tests.server.mutate", *arguments]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, env=environment, stderr=self.stderr)
 
     def kill(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.poll() is None, child.stderr.read().decode()
+        assert child.poll() is None, self.errors()
         child.kill()
         child.wait()
-        child.stderr.close()
         self.killed += 1
 
     def round(self, packets: int) -> None:
@@ -75,14 +75,14 @@ class Mutators:
         self.children = []
 
     def errors(self) -> str:
-        dead = [child for child in self.children if child.poll() is not None]
-        return "\n".join(child.stderr.read().decode() for child in dead)
+        self.stderr.seek(0)
+        return self.stderr.read().decode()
 
     def close(self) -> None:
         for child in self.children:
             child.kill()
             child.wait()
-            child.stderr.close()
+        self.stderr.close()
 
 
 class Bystander:
@@ -142,7 +142,7 @@ class Bystander:
         self.thread.join()
 
 
-def steady(counts) -> dict[str, object]:
+def steady(counts: admin.Counts) -> dict[str, object]:
     """What must be as before: all but the number of turns."""
     return {name: getattr(counts, name) for name in counts.__struct_fields__ if name != "turns"}
 
@@ -152,18 +152,18 @@ def test_mutated_packets(start: Start, tmp_path: Path) -> None:
     bystander = Bystander(daemon.connect())
     mutators = Mutators(daemon, tmp_path)
     try:
-        with daemon.admin() as admin:
+        with daemon.admin() as teller:
             bystander.work()
             mutators.round(1000)  # what is made once, at the first use, is not a leak
             bystander.rest()
-            eventually(lambda: admin.stats().channels == 1)
-            before, laps = admin.stats(), bystander.laps
+            eventually(lambda: teller.stats().channels == 1)
+            before, laps = teller.stats(), bystander.laps
             for _ in range(ROUNDS):
                 bystander.work()
                 mutators.round(PACKETS // ROUNDS + 1)
                 bystander.rest()
-                eventually(lambda: admin.stats().channels == 1)
-                after = admin.stats()
+                eventually(lambda: teller.stats().channels == 1)
+                after = teller.stats()
                 assert steady(after) == steady(before)
             assert mutators.count() >= PACKETS
             assert mutators.killed >= ROUNDS * (WORKERS + 6)

@@ -5,6 +5,7 @@ import pytest
 from iommufd_uapi import iommufd, iommufd_test, wire
 from iommufdd.errors import ProtocolError
 from iommufdd.server.packet import TAIL, Request, parse, reply
+from iommufdd.server.segments import Record
 from tests.server.peer import STRUCT_ADDR, Segment, body, ioctl, request, selftest, split
 
 ALLOC = ioctl(iommufd.IoasAlloc())
@@ -129,7 +130,8 @@ def test_many_small_writes_stay_within_the_room() -> None:
     size = 4096
     segments = ((0, size, size, bytes(size)),)
     parts: list[bytes] = []
-    reply(parts, 0, segments, [(0, at, b"\xff") for at in range(0, size, 2)], "", 0)
+    records: list[Record] = [(0, at, b"\xff") for at in range(0, size, 2)]
+    reply(parts, 0, segments, records, "", 0)
     packet = b"".join(parts)
     assert len(packet) <= wire.REPLY_ROOM + size
     (answer,) = split(packet)
@@ -141,6 +143,7 @@ def test_worst_reply_fits() -> None:
     count = wire.MAX_SEGMENTS
     segments = tuple((at * 8, 0, 1, b"") for at in range(count))
     parts: list[bytes] = []
-    reply(parts, -1, segments, [(at, 0, b"x") for at in range(count)] * 2, "r" * 1000, 0)
+    records: list[Record] = [(at, 0, b"x") for at in range(count)]
+    reply(parts, -1, segments, records * 2, "r" * 1000, 0)
     room = wire.REPLY_ROOM + wire.REASON_ROOM + count + 24 * (count - 2)
     assert len(b"".join(parts)) <= room

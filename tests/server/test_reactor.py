@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import select
 import socket
 
+import pytest
 import trio
 
 from iommufd_uapi import iommufd
@@ -43,8 +45,7 @@ async def test_serving(nursery: trio.Nursery) -> None:
             clients.start_soon(client, number)
     assert all(ids == list(range(1, 51)) for ids in results.values())
     with trio.fail_after(30):
-        while server.channels:
-            await trio.sleep(0.01)
+        await server.idle.wait()  # the last channel is closed
     nursery.cancel_scope.cancel()
     server.close()
 
@@ -84,6 +85,24 @@ async def test_other_tasks_run_while_requests_keep_coming(nursery: trio.Nursery)
     assert ticks == 20
     peer.close()
     nursery.cancel_scope.cancel()
+    server.close()
+
+
+async def test_a_source_with_a_bug_costs_only_itself(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def ready(self, mask: int) -> None:
+            raise RuntimeError("bug")
+
+    server = Server(new_machine, nofile=1024)
+    left, right = socket.socketpair()
+    server.reactor.register(left.fileno(), Broken(), select.EPOLLIN)
+    right.send(b"x")
+    nursery.start_soon(server.reactor.run)
+    assert len(await trio.to_thread.run_sync(converse, connected(server))) == 50
+    assert [record.message for record in caplog.records] == ["bug"]
+    nursery.cancel_scope.cancel()
+    left.close()
+    right.close()
     server.close()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iommufdd.server.segments import SegmentMemory, compact
+from iommufdd.server.memory import Scratch
+from iommufdd.server.segments import Record, Segment, SegmentMemory, compact
 
 SCRATCH_SIZE = 48
 
 
-class FakeScratch:
+class FakeScratch(Scratch):
+    """A scratch file that is none."""
+
     def __init__(self) -> None:
         self.data = bytearray(range(SCRATCH_SIZE))
 
@@ -23,16 +28,24 @@ class FakeScratch:
         return length
 
 
+Images = list[dict[int, int]]
+
+
+def images(segments: tuple[Segment, ...]) -> Images:
+    """The bytes of each inline segment, by offset."""
+    return [
+        dict(enumerate(data.ljust(readable, b"\0"))) if isinstance(data, bytes) else {}
+        for _, readable, _, data in segments
+    ]
+
+
 class Model:
     """The client's view: each byte of each segment by itself."""
 
-    def __init__(self, segments, scratch: bytearray) -> None:
+    def __init__(self, segments: tuple[Segment, ...], scratch: bytearray) -> None:
         self.segments = segments
         self.scratch = bytearray(scratch)
-        self.bytes = [
-            None if isinstance(data, int) else dict(enumerate(data.ljust(readable, b"\0")))
-            for _, readable, _, data in segments
-        ]
+        self.bytes = images(segments)
 
     def place(self, addr: int, write: bool) -> tuple[int, int] | None:
         for index, (start, readable, writable, _) in enumerate(self.segments):
@@ -86,39 +99,41 @@ steps = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.one_of(inline, in_scratch), min_size=1, max_size=5).map(tuple), steps)
-def test_against_the_model(segments, todo) -> None:
+def test_against_the_model(segments: tuple[Segment, ...], todo: list[tuple[str, int, Any]]) -> None:
     memory = SegmentMemory()
-    memory.scratch = FakeScratch()
+    memory.scratch = scratch = FakeScratch()
     records = memory.load(segments)
-    model = Model(segments, memory.scratch.data)
+    model = Model(segments, scratch.data)
     for what, addr, argument in todo:
         if what == "read":
             assert memory.read(addr, argument) == model.read(addr, argument)
         else:
             assert memory.write(addr, argument) == model.write(addr, argument)
-    assert memory.scratch.data == model.scratch
-    for some in (records, compact(segments, records)):
-        after = [dict(enumerate(data)) if isinstance(data, bytes) else None for _, _, _, data in segments]
-        after = [
-            dict(enumerate(data.ljust(readable, b"\0"))) if isinstance(data, bytes) else None
-            for _, readable, _, data in segments
-        ]
-        for index, at, data in some:
-            if isinstance(data, bytes):
-                after[index].update({at + i: byte for i, byte in enumerate(data)})
-                assert at + len(data) <= segments[index][2]
-        assert after == model.bytes
+    assert scratch.data == model.scratch
+    assert applied(segments, records) == model.bytes
+    assert applied(segments, compact(segments, records)) == model.bytes
+
+
+def applied(segments: tuple[Segment, ...], records: list[Record]) -> Images:
+    """What a client has after it stored the records."""
+    after = images(segments)
+    for index, at, data in records:
+        if isinstance(data, bytes):
+            assert at + len(data) <= segments[index][2]
+            after[index].update({at + i: byte for i, byte in enumerate(data)})
+    return after
 
 
 @given(st.lists(st.tuples(st.integers(0, 90), st.binary(min_size=1, max_size=10)), min_size=2, max_size=60))
-def test_compact_fits(writes) -> None:
+def test_compact_fits(writes: list[tuple[int, bytes]]) -> None:
     """However many writes, a segment that came whole takes one record."""
     memory = SegmentMemory()
     records = memory.load(((0, 100, 100, bytes(100)),))
     for at, data in writes:
         memory.write(at, data)
-    (record,) = compact(memory.segments, records)
-    assert record[1] + len(record[2]) <= 100
+    ((_, start, run),) = compact(memory.segments, records)
+    assert isinstance(run, bytes)
+    assert start + len(run) <= 100
 
 
 def test_without_scratch_file_nothing_is_there() -> None:

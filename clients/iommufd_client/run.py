@@ -1,0 +1,215 @@
+"""Room client: `iommufdctl run -- CMD`. CMD and its children see a /dev/iommu; their calls go to a daemon.
+
+A filter notifies the few calls that matter (filter.py). The listener goes to the daemon; we stay as keeper with a
+copy of it, so that a dead daemon means ENODEV, not ENOSYS for every open (keeper.py).
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from typing import NamedTuple
+
+from iommufd_uapi import seccomp
+
+from .filter import program
+from .keeper import Keeper
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+SECCOMP_FILTER_FLAG_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
+NOT_EXECUTABLE, NOT_FOUND = 126, 127
+
+# struct iofd_hello and what of its reply counts (iommufd_uapi.wire, which takes long to import)
+HELLO = struct.Struct("<IHHIIQQ32s32s")
+HELLO_REPLY = struct.Struct("<IHHI36x")
+MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
+EXPLAIN, SUMMARY, PROC = 1, 2, 4
+
+BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
+
+
+class RunError(RuntimeError):
+    """CMD was not started; the message says why."""
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    command: list[str]
+    machine: str = ""
+    socket_path: str = ""  # of a daemon that runs already; else a private one is started
+    caller: str = ""
+    explain: bool = False
+    summary: bool = False
+    proc: bool = False
+
+
+def run(options: Options) -> int:
+    """Run CMD; its exit status as a shell has it. RunError, OSError."""
+    numbers = seccomp.native()
+    if numbers is None:
+        raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
+    base = _base()
+    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC)
+    os.ftruncate(page, seccomp.NOTIF_PAGE)
+    connection, daemon = _connect(options) if options.socket_path else _spawn()
+    try:
+        child, ours = _start(options, numbers, base)
+        try:
+            listener = _receive_listener(ours, child)
+            _hand_over(connection, options, listener, page, base)
+            ours.send(b"go")
+        except BaseException:
+            ours.close()
+            os.waitpid(child, 0)
+            raise
+        ours.close()
+        return Keeper(connection, listener, page, child, numbers).run()
+    except BaseException:
+        connection.close()
+        if daemon is not None:
+            daemon.wait()
+        raise
+
+
+def _base() -> int:
+    """The lowest number for descriptors that the daemon installs: high, so that read() of others is not notified."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= BASE + ROOM:
+        return BASE
+    return max(soft - ROOM, soft // 2, 3)
+
+
+# ---- the daemon ----
+
+
+def _connect(options: Options) -> tuple[socket.socket, None]:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(options.socket_path)
+    except OSError as error:
+        connection.close()
+        raise RunError(f"no daemon answers at {options.socket_path}: {error.strerror}") from None
+    return connection, None
+
+
+def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A private daemon, which ends when its connections and processes have; out of reach of the terminal."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("LISTEN_", "NOTIFY_"))}
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    command = [sys.executable, "-m", "iommufdd.cli", "--fd", str(theirs.fileno()), "--terminate"]
+    daemon = subprocess.Popen(
+        [*command, "--log-level", "warning"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+    )
+    theirs.close()
+    return ours, daemon
+
+
+def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
+    """The hello. RunError."""
+    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
+    hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.encode(), b"")
+    rights = array.array("i", [listener, page])
+    try:
+        connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        reply = connection.recv(4096)
+    except OSError as error:
+        raise RunError(f"the daemon went away: {error.strerror}") from None
+    if len(reply) != HELLO_REPLY.size:
+        raise RunError("the daemon closed the connection; its log says why")
+    number = HELLO_REPLY.unpack(reply)[3]
+    if number:
+        raise RunError(f"the daemon refuses: {os.strerror(number)}")
+
+
+# ---- CMD ----
+
+
+def _start(options: Options, numbers: seccomp.Syscalls, base: int) -> tuple[int, socket.socket]:
+    """Fork CMD as far as its exec; (pid, the socket through which it sends its listener and waits)."""
+    code = program(numbers, base, proc=options.proc)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        theirs.close()
+        return child, ours
+    status = NOT_FOUND
+    try:
+        ours.close()
+        _become(options.command, numbers, code, theirs, parent)
+    except FileNotFoundError:
+        _complain(f"{options.command[0]}: command not found")
+    except OSError as error:
+        status = NOT_EXECUTABLE
+        _complain(f"{options.command[0]}: {error.strerror}")
+    except BaseException as error:
+        _complain(str(error))
+    finally:
+        os._exit(status)
+    raise AssertionError
+
+
+def _complain(text: str) -> None:
+    os.write(2, f"iommufdctl: {text}\n".encode())
+
+
+def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: socket.socket, parent: int) -> None:
+    """In the child: the filter, the listener to the parent, and exec when it says so."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(NOT_EXECUTABLE)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    listener = _install(libc, numbers, code)
+    theirs.sendmsg([b"l"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
+    os.close(listener)
+    if theirs.recv(16) != b"go":
+        os._exit(NOT_EXECUTABLE)
+    theirs.close()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(command[0], command)
+
+
+def _install(libc: ctypes.CDLL, numbers: seccomp.Syscalls, code: bytes) -> int:
+    """seccomp(SECCOMP_SET_MODE_FILTER): the listener. RunError."""
+    buffer = ctypes.create_string_buffer(code, len(code))
+    fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)), 16)
+    flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | seccomp.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+    mode = seccomp.SECCOMP_SET_MODE_FILTER
+    listener = libc.syscall(numbers.seccomp, mode, flags, fprog)
+    if listener < 0:
+        number = ctypes.get_errno()
+        hint = {
+            16: ": a program around this one listens already (run under run, a container's agent)",
+            22: ": Linux 5.19 or later is needed",
+        }.get(number, "")
+        raise RunError(f"no seccomp listener: {os.strerror(number)}{hint}")
+    fcntl.fcntl(listener, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    return int(listener)
+
+
+def _receive_listener(ours: socket.socket, child: int) -> int:
+    """What the child sends, or its end. RunError."""
+    _, ancillary, _, _ = ours.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return array.array("i", data)[0]
+    raise RunError("CMD was not started")

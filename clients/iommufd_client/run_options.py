@@ -1,0 +1,79 @@
+"""Room client: the options of `iommufdctl run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RUN = """\
+Run a program that sees /dev/iommu (and /dev/vfio/vfio) where there is none. The program is not changed and need not
+be: static or dynamic, Go or C, with threads, fork and exec. Needs no privilege; Linux 5.19 or later."""
+
+RUN_EPILOG = """\
+how:
+  A seccomp filter notifies a daemon of opens for reading and writing and of ioctls of iommufd; the
+  rest runs as always. The daemon is a private one, unless --socket-path names one that runs. Programs
+  gain no privileges by set-user-ID bits (no_new_privs), and only /dev/iommu itself is there: stat()
+  does not find it.
+
+descriptors:
+  The daemon's get numbers from 900 on (below, where RLIMIT_NOFILE is lower). Copies made by dup2() to
+  a low number, or received by SCM_RIGHTS, do ioctl, poll and close, but not read and write.
+
+the end:
+  run ends when CMD does. Children that outlive CMD keep /dev/iommu: a copy of run stays in the
+  background until the last of them has ended. SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 go
+  on to CMD; if run is killed, so is CMD. If the daemon dies, calls on /dev/iommu answer ENODEV.
+
+exit status:
+  that of CMD; 128+N if signal N killed it; 127 if there is no such command, 126 if it cannot be run;
+  1 if run itself failed, 2 for wrong usage
+
+examples:
+  iommufdctl run -- ./iommufd                       the kernel's own selftest
+  iommufdctl run --explain -- qemu-system-x86_64 ...
+  iommufdctl run --caller uid=1000,caps=none,memlock=65536 -- ./my-test
+  iommufdctl run --machine pair -- ./a & iommufdctl run --machine pair ...   (with one --socket-path)
+"""
+
+
+def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    """Declare the subcommand."""
+    parser = command("run", "run a program that sees a /dev/iommu", RUN, RUN_EPILOG)
+    parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
+    parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
+    parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name (default: its own)")
+    parser.add_argument("--caller", metavar="SPEC", default="", help="credentials of every caller: uid=,gid=,caps=,memlock=")
+    parser.add_argument(
+        "--proc",
+        action="store_true",
+        help="serve VmPin and VmLck of /proc/N/status, and fault injection; each fopen() for reading costs 15 us more",
+    )
+    parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
+    parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .run import Options, RunError, run
+
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        print("iommufdctl run: give a command: iommufdctl run -- CMD", file=sys.stderr)
+        return 2
+    if len(args.machine.encode()) > 32 or len(args.caller.encode()) > 256:
+        print("iommufdctl run: the machine's name, or --caller, is too long", file=sys.stderr)
+        return 2
+    options = Options(
+        command, args.machine, args.socket_path, args.caller, args.explain, args.summary, args.proc
+    )
+    try:
+        return run(options)
+    except RunError as error:
+        print(f"iommufdctl: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,137 @@
+"""The descriptor table of a traced task, as the core sees it: struct files_struct.
+
+Our descriptors get numbers from a base on, where the filter notifies read, write, lseek, mmap and dup too. A
+number is known before anything is installed, so that the reply is written first, as the kernel does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import TYPE_CHECKING
+
+from iommufd_uapi.seccomp import NOTIF_ADDFD, SECCOMP_ADDFD_FLAG_SEND, SECCOMP_ADDFD_FLAG_SETFD, SECCOMP_IOCTL_NOTIF_ADDFD
+from iommufdd.errors import EMFILE
+from iommufdd.eventq import EventqFile
+from iommufdd.server.memory import OtherFile
+from iommufdd.user import File
+
+from .fds import DESCRIPTORS
+from .procfile import reopened
+
+if TYPE_CHECKING:
+    from iommufdd.server.files import FileKey, Pipe
+    from iommufdd.server.instance import OpenContext
+
+    from .fds import Installed
+    from .notify import Supervisor
+    from .target import Thread
+
+
+class TargetDescriptors:
+    """A `user.FileTable` over /proc/TID/fd."""
+
+    def __init__(self, supervisor: Supervisor, thread: Thread) -> None:
+        self.supervisor = supervisor
+        self.thread = thread
+        self.context: OpenContext | None = None  # whose call this is
+        self._reserved: set[int] = set()
+
+    def key(self, fd: int) -> FileKey | None:
+        """Which inode a number shows; None when it is not open."""
+        try:
+            status = os.stat(str(fd), dir_fd=self.thread.folder)
+        except (OSError, ValueError):
+            return None
+        return status.st_dev, status.st_ino, status.st_uid
+
+    def fget(self, fd: int) -> File | None:
+        if not 0 <= fd < 1 << 31:
+            return None
+        key = self.key(fd)
+        if key is None:
+            return None
+        found = self.supervisor.find(key)
+        if found is not None:
+            return found.file
+        try:
+            own = reopened(self.thread.folder, fd)
+        except OSError:
+            return OtherFile()
+        return self.supervisor.files.opened(own)
+
+    # ---- new numbers ----
+
+    def free_number(self, least: int = 0) -> int:
+        """The lowest free number from the base (or `least`) on; the highest below it when there is none. EMFILE."""
+        limit = self.thread.process.nofile()
+        base = max(self.supervisor.base, least)
+        for fd in (*range(base, limit), *range(min(base, limit) - 1, 2, -1)):
+            if fd not in self._reserved and self._is_free(fd):
+                return fd
+        raise EMFILE(f"all {limit} descriptor numbers are in use")
+
+    def _is_free(self, fd: int) -> bool:
+        try:
+            os.stat(str(fd), dir_fd=self.thread.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def get_unused_fd(self) -> int:
+        fd = self.free_number()
+        assert self.context is not None
+        nofile, uid = self.supervisor.server.nofile, self.context.uid
+        nofile.charge(uid, DESCRIPTORS)  # whether they can be had; fd_install() takes them for good
+        nofile.uncharge(uid, DESCRIPTORS)
+        self._reserved.add(fd)
+        return fd
+
+    def put_unused_fd(self, fd: int) -> None:
+        self._reserved.discard(fd)
+
+    def fd_install(self, fd: int, file: File) -> None:
+        self._reserved.discard(fd)
+        assert self.context is not None
+        if isinstance(file, EventqFile):
+            self._install_pipe(fd, file, self.context)
+        else:
+            self._install_memfd(fd, self.supervisor.watch.install(self.context, file))
+
+    def _install_pipe(self, fd: int, file: EventqFile, context: OpenContext) -> None:
+        pipes = self.supervisor.server.pipes
+        pipe: Pipe = pipes.reserve(context, context.uid)
+        pipes.publish(pipe, file)
+        try:
+            self.add(fd, pipe.read_fd)
+        except OSError:
+            pass  # the process is gone; the pipe has no reader then, and goes too
+        pipes.sent(pipe)
+
+    def _install_memfd(self, fd: int, installed: Installed) -> None:
+        own = installed.open()
+        try:
+            self.add(fd, own)
+        except OSError:
+            pass
+        os.close(own)
+        installed.check()
+
+    def install_context(self, installed: Installed, *, cloexec: bool) -> None:
+        """Answer an open with a new number. EMFILE, OSError."""
+        own = installed.open()
+        try:
+            self.add(self.free_number(), own, cloexec=cloexec, send=True)
+        finally:
+            os.close(own)
+            installed.check()
+
+    def add(self, fd: int, own: int, *, cloexec: bool = True, send: bool = False) -> None:
+        """Put a descriptor of ours into the process at a number; `send` also answers its call. OSError."""
+        flags = SECCOMP_ADDFD_FLAG_SETFD | (SECCOMP_ADDFD_FLAG_SEND if send else 0)
+        request = bytearray(
+            NOTIF_ADDFD.pack(self.supervisor.current, flags, own, fd, os.O_CLOEXEC if cloexec else 0)
+        )
+        fcntl.ioctl(self.supervisor.listener, SECCOMP_IOCTL_NOTIF_ADDFD, request)

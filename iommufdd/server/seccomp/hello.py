@@ -1,0 +1,54 @@
+"""The hello of a keeper (docs/PROTOCOL.md section 7): a seccomp listener is handed over."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from iommufd_uapi.wire import MAX_CALLER, SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY, HelloReply
+from iommufdd.errors import EBADF, EINVAL
+from iommufdd.server.credentials import OWN, Virtual, parse_virtual
+
+from .notify import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from iommufd_uapi.wire import Hello
+    from iommufdd.server.channel import Channel
+
+FLAGS = SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY | SUPERVISE_PROC
+LEAST_BASE = 3
+
+
+def supervise(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Sequence[int]) -> bytes:
+    """Start to answer the processes of a listener; the reply. EBADF, EINVAL, EMFILE."""
+    if len(fds) != 2:
+        raise EBADF("a keeper sends a seccomp listener and a page for the notification in work")
+    if hello.flags & ~FLAGS or hello.reserved or hello.reserved2 or any(hello.device):
+        raise EINVAL("a field that must be zero is not")
+    if not LEAST_BASE <= hello.mm < 1 << 31:
+        raise EINVAL(f"the base of descriptor numbers is {hello.mm}")
+    server, uid = channel.server, channel.peer.uid
+    supervisor = Supervisor(
+        server,
+        server.instances.join(machine),
+        uid,
+        os.dup(fds[0]),
+        fds[1],
+        int(hello.mm),
+        _virtual(text) or server.virtual,
+    )
+    supervisor.attach(channel, hello.flags)
+    return HelloReply(kind=hello.kind, mm=hello.mm).pack()
+
+
+def _virtual(text: bytes) -> Virtual | None:
+    """The credentials that all callers are said to have, as --caller of the daemon. EINVAL."""
+    if len(text) > MAX_CALLER:
+        raise EINVAL("the text about the caller is too long")
+    try:
+        virtual = parse_virtual(text.decode())
+    except ValueError as error:
+        raise EINVAL(f"credentials of the caller: {error}") from None
+    return None if virtual == OWN else virtual

@@ -1,0 +1,251 @@
+"""A seccomp listener in the reactor: system calls of traced processes, received, answered and sent back."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+from logging import INFO
+from typing import TYPE_CHECKING
+
+from iommufd_uapi.seccomp import (
+    NOTIF,
+    NOTIF_PAGE,
+    NOTIF_RESP,
+    SECCOMP_IOCTL_NOTIF_ID_VALID,
+    SECCOMP_IOCTL_NOTIF_RECV,
+    SECCOMP_IOCTL_NOTIF_SEND,
+    SECCOMP_IOCTL_NOTIF_SET_FLAGS,
+    SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP,
+    SECCOMP_USER_NOTIF_FLAG_CONTINUE,
+    native,
+)
+from iommufdd.errors import EINVAL
+from iommufdd.server import log
+
+from .calls import ANSWERED, CONTINUE, Calls
+from .procfile import TargetFiles
+from .procmm import Clock, StaleError
+from .target import Process, Thread, tgid_of
+
+if TYPE_CHECKING:
+    from iommufdd.server.channel import Channel
+    from iommufdd.server.credentials import Virtual
+    from iommufdd.server.files import FileKey, Pipe
+    from iommufdd.server.instance import Instance, OpenContext
+    from iommufdd.server.serve import Server
+
+    from .fds import Installed
+
+MANY_THREADS = 256
+EMPTY = bytes(NOTIF.size)
+
+
+class Supervisor:
+    """One tree of traced processes.
+
+    The notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper knows whom
+    to answer.
+    """
+
+    def __init__(
+        self, server: Server, instance: Instance, uid: int, listener: int, page: int, base: int, virtual: Virtual
+    ) -> None:
+        """Takes over `listener`; `page` is the file of the page. EINVAL, EMFILE."""
+        numbers = native()
+        if numbers is None:
+            raise EINVAL(f"system calls of {os.uname().machine} are not known")
+        self.server = server
+        self.reactor = server.reactor
+        self.instance = instance
+        self.machine = instance.machine
+        self.uid = uid
+        self.base = base
+        self.virtual = virtual
+        self.clock = Clock()
+        self.watch = server.watch()
+        self.files = TargetFiles(server.page_files, uid, self._is_ours)
+        self.processes: dict[int, Process] = {}
+        self.threads: dict[int, Thread] = {}
+        self.contexts: set[OpenContext] = set()
+        self.current = 0  # the notification in work
+        self.second_look = 0  # the notification whose caller was looked up anew
+        self.channel: Channel | None = None  # to the keeper
+        self.listener = listener
+        self._calls = Calls(self, numbers)
+        try:
+            self._page = mmap.mmap(page, NOTIF_PAGE)
+            self._receive_can_be_waited_for()
+        except (OSError, ValueError) as error:
+            raise EINVAL(f"no seccomp listener, or no page for it: {error}") from None
+        self.reactor.register(listener, self, select.EPOLLIN)
+        server.supervisors.add(self)
+
+    def _receive_can_be_waited_for(self) -> None:
+        """OSError unless this is a listener. Wakes the target on our CPU, where the kernel can (Linux 6.6)."""
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, bytearray(8))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
+        except OSError:
+            pass
+
+    def close(self, why: str = "shutdown") -> None:
+        """No more notifications: the last process has ended, or the daemon does."""
+        if self.listener < 0:
+            return
+        self.reactor.unregister(self.listener)
+        os.close(self.listener)
+        self.listener = -1
+        for thread in self.threads.values():
+            thread.close()
+        self.threads.clear()
+        for process in list(self.processes.values()):
+            self.forget_process(process)
+        self._page.close()
+        self.server.supervisors.discard(self)
+        log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
+        if self.channel is not None:
+            self.channel.close(why)
+        self.server.channel_closed()
+
+    # ---- the keeper ----
+
+    def attach(self, channel: Channel, flags: int) -> None:
+        """Tell this keeper what it wants to know (SUPERVISE_*), and hang up at the end."""
+        self.channel, channel.supervisor = channel, self
+
+    def detach(self) -> None:
+        """The keeper is gone; the processes are served until the last one ends."""
+        self.channel = None
+
+    # ---- notifications ----
+
+    def ready(self, mask: int) -> None:
+        if mask & select.EPOLLIN:
+            self._turn()
+        else:
+            self.close("the last process has ended")
+
+    def _turn(self) -> None:
+        page = self._page
+        page[: NOTIF.size] = EMPTY
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, page)
+        except OSError:
+            return  # ENOENT: the caller was killed meanwhile
+        self.current, tid, _, nr, _, _, *args = NOTIF.unpack_from(page)
+        self.clock.now += 1
+        while self.watch.pending.poll(0):
+            self.watch.ready(0)
+            self.server.pipes.ready(0)
+        try:
+            answer = self._answer(tid, nr, args)
+        except Exception as error:
+            log.bug(error, uid=self.uid, pid=tid)
+            answer = -errno.EIO
+        if self.files.offered:
+            self.files.end()
+        if answer is not ANSWERED:
+            self.send(answer)
+        page[:8] = EMPTY[:8]
+
+    def send(self, answer: int) -> None:
+        """The result of the call, minus an errno, or CONTINUE."""
+        if answer is CONTINUE:
+            response = NOTIF_RESP.pack(self.current, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+        elif answer < 0:
+            response = NOTIF_RESP.pack(self.current, 0, answer, 0)
+        else:
+            response = NOTIF_RESP.pack(self.current, answer, 0, 0)
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SEND, response)
+        except OSError:
+            pass  # ENOENT: killed meanwhile
+
+    def _answer(self, tid: int, nr: int, args: list[int]) -> int:
+        """Twice, if what is kept of the caller turns out to be of a task that had its number before."""
+        handler = self._calls.handlers.get(nr)
+        if handler is None:
+            return CONTINUE
+        for _ in range(2):
+            thread = self.threads.get(tid)
+            try:
+                if thread is None or thread.process.shares_mm:
+                    thread = self._thread(tid)
+                return handler(thread, args)
+            except StaleError:
+                self._forget_thread(tid)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM):
+                    raise
+                return self._calls.unreachable(nr, args, error)
+        return CONTINUE
+
+    def valid(self) -> bool:
+        """Whether the notification's caller still waits: what was opened by its number is then its own."""
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, self.current.to_bytes(8, "little"))
+        except OSError:
+            return False
+        return True
+
+    # ---- who calls ----
+
+    def _thread(self, tid: int) -> Thread:
+        """A thread not seen before, or not to be trusted. OSError."""
+        self._forget_thread(tid)
+        tgid = tgid_of(tid)
+        process = self.processes.get(tgid)
+        if process is not None and process.ended:
+            self.forget_process(process)
+            process = None
+        if process is None:
+            process = self.processes[tgid] = Process(self, tgid)
+        else:
+            process.renew()
+        thread = Thread(process, tid)
+        if not self.valid():
+            thread.close()
+            raise ProcessLookupError(errno.ESRCH, "killed meanwhile")
+        self.threads[tid] = thread
+        if len(self.threads) > MANY_THREADS:
+            self._prune(tid)
+        return thread
+
+    def _forget_thread(self, tid: int) -> None:
+        thread = self.threads.pop(tid, None)
+        if thread is not None:
+            thread.close()
+
+    def forget_process(self, process: Process) -> None:
+        """It has ended."""
+        for tid in [tid for tid, thread in self.threads.items() if thread.process is process]:
+            self._forget_thread(tid)
+        if self.processes.get(process.tgid) is process:
+            del self.processes[process.tgid]
+        process.close()
+
+    def _prune(self, but: int) -> None:
+        """Forget threads that have ended."""
+        for tid, thread in list(self.threads.items()):
+            if tid != but and not os.path.exists(f"/proc/{thread.process.tgid}/task/{tid}"):
+                self._forget_thread(tid)
+
+    # ---- what is open ----
+
+    def find(self, key: FileKey) -> Installed | Pipe | None:
+        """One of our files by its inode."""
+        found = self.watch.by_key.get(key)
+        if found is not None:
+            return found
+        pipe = self.server.pipes.by_key.get(key)
+        return pipe if pipe is not None and pipe.file is not None else None
+
+    def _is_ours(self, inode: tuple[int, int]) -> bool:
+        return any(key[:2] == inode for key in self.watch.by_key)

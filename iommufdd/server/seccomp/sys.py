@@ -1,0 +1,68 @@
+"""System calls that Python has no function for, and the structures of <linux/fs.h> and inotify."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+
+from iommufd_uapi.seccomp import native
+
+SYS_PIDFD_GETFD = 438  # on every architecture
+KCMP_VM = 1
+
+IN_CLOSE = 0x18
+IN_Q_OVERFLOW = 0x4000
+INOTIFY_EVENT = struct.Struct("iIII")
+
+PROCMAP_QUERY = 0xC068_6611
+PROCMAP = struct.Struct("<QQQQQQQQQIIIIQQ")  # struct procmap_query
+PROCMAP_ASK = struct.Struct("<QQQ")  # its input: size, flags, address
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A copy of another process's descriptor, close-on-exec."""
+    return _check(_syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
+
+
+def same_mm(one: int, other: int) -> bool:
+    """Whether two tasks share their address space (kcmp); False if that cannot be found out."""
+    numbers = native()
+    return numbers is not None and _syscall(numbers.kcmp, one, other, KCMP_VM, 0, 0) == 0
+
+
+def inotify_init() -> int:
+    return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    return _check(_libc.inotify_add_watch(fd, path.encode(), mask))
+
+
+def inotify_rm_watch(fd: int, wd: int) -> None:
+    _libc.inotify_rm_watch(fd, wd)
+
+
+def unopened(fd: int) -> bool:
+    """Whether no description of a file is open, mapped or on its way but `fd`, opened read-only (a lease probe).
+
+    A write lease is refused as long as the inode is open elsewhere; one made by memfd_create() does not count.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True

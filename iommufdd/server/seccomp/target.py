@@ -1,0 +1,212 @@
+"""Traced processes and threads: what is kept of them, and their credentials and limits (struct task_struct)."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import select
+import signal
+from typing import TYPE_CHECKING
+
+from iommufdd.server.credentials import CAPABILITIES, DEFAULT_MEMLOCK, UNLIMITED
+from iommufdd.user import PAGE_SHIFT, Caller, FaultGate, Task
+
+from .descriptors import TargetDescriptors
+from .procmm import ProcMm, StaleError
+from .sys import same_mm
+
+if TYPE_CHECKING:
+    from iommufdd.machine import Machine
+    from iommufdd.server.credentials import Virtual
+    from iommufdd.user import User
+
+    from .notify import Supervisor
+    from .procmm import Clock
+
+_STATUS = re.compile(rb"^(Tgid|Uid|CapEff):\s*([0-9a-f]+)", re.MULTILINE)
+
+
+class ProcTask(Task):
+    """The credentials a process has now, or those it is said to have."""
+
+    def __init__(self, process: Process, machine: Machine, virtual: Virtual, clock: Clock) -> None:
+        self.name = f"pid {process.tgid}"
+        self._process = process
+        self._machine = machine
+        self._virtual = virtual
+        self._clock = clock
+        self._read_at = -1
+        self._uid, self._caps = -1, 0
+
+    @property
+    def user(self) -> User:  # type: ignore[override]
+        """current_user(): that of the real uid."""
+        self._refresh()
+        return self._machine.user(self._uid)
+
+    @property
+    def cap_ipc_lock(self) -> bool:  # type: ignore[override]
+        return self._capable("CAP_IPC_LOCK")
+
+    @property
+    def cap_sys_resource(self) -> bool:  # type: ignore[override]
+        return self._capable("CAP_SYS_RESOURCE")
+
+    @property
+    def cap_sys_rawio(self) -> bool:  # type: ignore[override]
+        return self._capable("CAP_SYS_RAWIO")
+
+    def memlock_pages(self) -> int:
+        if self._virtual.memlock is not None:
+            return self._virtual.memlock >> PAGE_SHIFT
+        return self._process.memlock() >> PAGE_SHIFT
+
+    def _capable(self, name: str) -> bool:
+        if self._virtual.caps is not None:
+            return name in self._virtual.caps
+        self._refresh()
+        return bool(self._caps >> CAPABILITIES[name] & 1)
+
+    def _refresh(self) -> None:
+        if self._read_at == self._clock.now:
+            return
+        self._read_at = self._clock.now
+        found = self._process.status()
+        self._uid = int(found.get(b"Uid", b"-1")) if self._virtual.uid is None else self._virtual.uid
+        self._caps = int(found.get(b"CapEff", b"0"), 16) if self._process.same_user_ns else 0
+
+
+class Process:
+    """A thread group. Its pidfd is in the reactor and tells when it has ended."""
+
+    def __init__(self, supervisor: Supervisor, tgid: int) -> None:
+        """OSError when it is gone or may not be looked into."""
+        self.supervisor = supervisor
+        self.tgid = tgid
+        self.pidfd = os.pidfd_open(tgid)
+        try:
+            self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            self.same_user_ns = _uid_map(str(tgid)) == _uid_map("self")
+            self.shares_mm = False
+            self.mm = self._find_mm()
+        except OSError:
+            os.close(self.pidfd)
+            raise
+        self.gate = FaultGate()
+        self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
+        supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
+
+    def _find_mm(self) -> ProcMm:
+        """The mm of a process that shares one (vfork), or its own."""
+        for other in self.supervisor.processes.values():
+            if other is not self and other.mm.mem >= 0 and same_mm(self.tgid, other.tgid):
+                self.shares_mm = True
+                mm = other.mm
+                break
+        else:
+            self.shares_mm = False
+            mm = ProcMm(self.tgid, self.supervisor.files, self.supervisor.clock)
+            self.supervisor.files.mms.add(mm)
+        mm.users.add(self)
+        return mm
+
+    def renew(self) -> None:
+        """It may have called exec. OSError."""
+        before = self.mm
+        if before.alive and not self.shares_mm:
+            return
+        before.users.discard(self)
+        self.mm = self._find_mm()
+        if not before.users:
+            before.users.add(self)
+            before.leave(self)
+
+    @property
+    def ended(self) -> bool:
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    def ready(self, mask: int) -> None:
+        """The pidfd: the process has ended."""
+        self.supervisor.forget_process(self)
+
+    def close(self) -> None:
+        self.supervisor.reactor.unregister(self.pidfd)
+        os.close(self.pidfd)
+        os.close(self._status)
+        self.mm.leave(self)
+
+    def status(self) -> dict[bytes, bytes]:
+        """Tgid, Uid and CapEff of /proc/PID/status; empty when it has ended."""
+        try:
+            return dict(_STATUS.findall(os.pread(self._status, 4096, 0)))
+        except OSError:
+            return {}
+
+    def memlock(self) -> int:
+        """RLIMIT_MEMLOCK in bytes."""
+        try:
+            if self.ended:
+                return DEFAULT_MEMLOCK
+            soft = resource.prlimit(self.tgid, resource.RLIMIT_MEMLOCK)[0]
+        except OSError:
+            return DEFAULT_MEMLOCK
+        return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+    def nofile(self) -> int:
+        """RLIMIT_NOFILE."""
+        try:
+            soft = resource.prlimit(self.tgid, resource.RLIMIT_NOFILE)[0]
+        except OSError:
+            return 1024
+        return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+class Thread:
+    """A task that has made a trapped call: its descriptor table, and who calls."""
+
+    def __init__(self, process: Process, tid: int) -> None:
+        """OSError when it is gone."""
+        self.process = process
+        self.tid = tid
+        self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.files = TargetDescriptors(process.supervisor, self)
+        self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
+
+    def close(self) -> None:
+        os.close(self.folder)
+
+
+class CallerMemory:
+    """What the pointers of a call name: the process's memory. A `user.UserMemory`."""
+
+    __slots__ = ("_process",)
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def read(self, addr: int, length: int) -> bytes:
+        return self._process.mm.load(addr, length)
+
+    def write(self, addr: int, data: bytes) -> int:
+        return self._process.mm.store(addr, data)
+
+
+def tgid_of(tid: int) -> int:
+    """The thread group of a thread. OSError."""
+    with open(f"/proc/{tid}/status", "rb") as file:
+        found = dict(_STATUS.findall(file.read(512)))
+    if b"Tgid" not in found:
+        raise StaleError("no Tgid")
+    return int(found[b"Tgid"])
+
+
+def _uid_map(pid: str) -> str:
+    with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
+        return file.read()

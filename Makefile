@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint conformance bench clean
+.PHONY: help demo test lint conformance selftest bench clean
 
 help:
 	@echo 'make demo         a VMM prototype against a private daemon, in three seconds'
 	@echo 'make test         all tests'
 	@echo 'make lint         ruff, mypy --strict, the import contracts'
 	@echo 'make conformance  replay what a real Linux 7.2 kernel answered [PROGRAMS=DIR]'
+	@echo "make selftest     the kernel's own iommufd tests, unmodified [LINUX_SRC=PATH] [SELFTEST='--rounds 3']"
 	@echo 'make bench        speed, as ratios measured side by side [BENCH="roundtrip map"]'
 	@echo 'make clean        remove .venv and caches'
 
@@ -33,6 +34,9 @@ lint: $(STAMP)
 
 conformance: $(STAMP)
 	@$(BIN)/python -m tests.conformance.run $(if $(PROGRAMS),--programs $(PROGRAMS)) $(CONFORMANCE)
+
+selftest: $(STAMP)
+	@$(BIN)/python -m tests.selftest $(SELFTEST)
 
 bench: $(STAMP)
 	@$(BIN)/python -m tests.bench $(BENCH)

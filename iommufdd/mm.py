@@ -41,6 +41,10 @@ class RegisteredMm(Mm):
         self.alive = True
         self._regions: SortedDict[int, Region] = SortedDict()  # by start
 
+    def __len__(self) -> int:
+        """How many regions there are."""
+        return len(self._regions)
+
     def regions(self) -> Iterator[Region]:
         """All regions, ascending."""
         return iter(self._regions.values())

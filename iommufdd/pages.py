@@ -309,10 +309,13 @@ class FilePages(Pages):
 
     def __init__(self, caller: Caller, file: File, start: int, length: int, *, writable: bool) -> None:
         super().__init__(caller, start, length, writable=writable)
-        self.file = file.get()
+        self.file = file
+        if isinstance(file, PageFile):
+            file.get()  # others never show pages; a kernel holds them too, and an iommufd in its own IOAS for ever
 
     def release(self) -> None:
-        self.file.put()
+        if isinstance(self.file, PageFile):
+            self.file.put()
 
     def resolve(self, caller: Caller, first: int, count: int, *, write: bool) -> list[PageRun]:
         if not isinstance(self.file, PageFile) or not self.file.pinnable:

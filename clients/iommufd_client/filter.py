@@ -6,6 +6,7 @@ calls on descriptor numbers from a base on (where the daemon puts its own) are n
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import NamedTuple
 
@@ -42,7 +43,10 @@ Line = Jump | Plain | str  # a str is a label
 
 
 def program(numbers: Syscalls, base: int, *, proc: bool = False) -> bytes:
-    """The filter; `base` is the lowest number of our descriptors. `proc` also notifies opens with flags 0."""
+    """The filter; `base` is the lowest number of our descriptors.
+
+    `proc` also notifies opens of folders, and of files with flags that are exactly 0, as fopen() has them.
+    """
     return assemble(_lines(numbers, base, proc=proc))
 
 
@@ -66,7 +70,7 @@ def _lines(n: Syscalls, base: int, *, proc: bool) -> list[Line]:
         "openat",
         _load(_arg(2)),
         "flags",
-        *([Jump(JEQ, 0, "notify")] if proc else []),
+        *([Jump(JEQ, 0, "notify"), Jump(JSET, os.O_DIRECTORY, "notify")] if proc else []),
         Plain(ALU_AND, O_ACCMODE),
         Jump(JEQ, O_RDWR, "notify"),
         _go("allow2"),

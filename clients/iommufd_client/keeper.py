@@ -77,7 +77,7 @@ class Keeper:
         except OSError:
             text = b""
         if text:
-            sys.stderr.write(text.decode(errors="replace"))
+            sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()
         elif self.daemon_lives:
             self.daemon_lives = False

@@ -50,6 +50,7 @@ class Options(NamedTuple):
     explain: bool = False
     summary: bool = False
     proc: bool = False
+    fd_base: int = 0  # lowest number for descriptors that the daemon installs
 
 
 def run(options: Options) -> int:
@@ -57,7 +58,7 @@ def run(options: Options) -> int:
     numbers = seccomp.native()
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
-    base = _base()
+    base = options.fd_base or _base()
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
     connection, daemon = _connect(options) if options.socket_path else _spawn()
@@ -123,7 +124,7 @@ def _hand_over(connection: socket.socket, options: Options, listener: int, page:
     """The hello. RunError."""
     flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.encode(), b"")
-    rights = array.array("i", [listener, page])
+    rights = array.array("i", [listener, page, *_debug_folder(options)])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         reply = connection.recv(4096)
@@ -134,6 +135,19 @@ def _hand_over(connection: socket.socket, options: Options, listener: int, page:
     number = HELLO_REPLY.unpack(reply)[3]
     if number:
         raise RunError(f"the daemon refuses: {os.strerror(number)}")
+
+
+def _debug_folder(options: Options) -> list[int]:
+    """A folder for the switches of fault injection; a line on stderr when there can be none."""
+    if not options.proc:
+        return []
+    from .debugfs import debug_folder
+
+    try:
+        return [debug_folder()]
+    except OSError as error:
+        sys.stderr.write(f"iommufdctl: --proc without fault injection: {error.strerror or error}\n")
+        return []
 
 
 # ---- CMD ----

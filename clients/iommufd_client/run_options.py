@@ -24,6 +24,11 @@ descriptors:
   The daemon's get numbers from 900 on (below, where RLIMIT_NOFILE is lower). Copies made by dup2() to
   a low number, or received by SCM_RIGHTS, do ioctl, poll and close, but not read and write.
 
+callers:
+  Whether pinned pages count against RLIMIT_MEMLOCK depends on who calls. --caller replaces the uid,
+  capabilities and limit that CMD starts with: uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536
+  or part of it; caps may be 'none'. What CMD changes itself (setuid, setrlimit) counts from then on.
+
 the end:
   run ends when CMD does. Children that outlive CMD keep /dev/iommu: a copy of run stays in the
   background until the last of them has ended. SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 go
@@ -46,17 +51,31 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser = command("run", "run a program that sees a /dev/iommu", RUN, RUN_EPILOG)
     parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
-    parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name (default: its own)")
-    parser.add_argument("--caller", metavar="SPEC", default="", help="credentials of every caller: uid=,gid=,caps=,memlock=")
+    parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
+    parser.add_argument("--caller", metavar="SPEC", default="", help="credentials that CMD starts with, see below")
     parser.add_argument(
         "--proc",
         action="store_true",
         help="serve VmPin and VmLck of /proc/N/status, and fault injection; each fopen() for reading costs 15 us more",
     )
+    parser.add_argument(
+        "--fd-base",
+        type=_fd_base,
+        default=0,
+        metavar="N",
+        help="lowest number of the daemon's descriptors; 3 gives the kernel's numbers, and costs every read() 15 us",
+    )
     parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
+
+
+def _fd_base(text: str) -> int:
+    value = int(text)
+    if not 3 <= value < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text} is not between 3 and 1048575")
+    return value
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -70,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
         print("iommufdctl run: the machine's name, or --caller, is too long", file=sys.stderr)
         return 2
     options = Options(
-        command, args.machine, args.socket_path, args.caller, args.explain, args.summary, args.proc
+        command, args.machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base
     )
     try:
         return run(options)

@@ -35,7 +35,7 @@ def counts(server: Server, *, classes: bool) -> admin.Counts:
         contexts=len(contexts),
         channels=len(server.channels),
         address_spaces=len(server.spaces.by_token),
-        regions=sum(_regions(space.mm) for space in server.spaces.by_token.values()),
+        regions=sum(len(space.mm) for space in server.spaces.by_token.values()),
         objects=len(objects),
         objects_by_type=dict(collections.Counter(obj.type.name for obj in objects)),
         areas=sum(len(obj.iopt.areas) for obj in objects if isinstance(obj, Ioas)),
@@ -95,7 +95,7 @@ def _channel(channel: Channel) -> admin.Channel:
         memlock=task.memlock if isinstance(task.memlock, int) else task.memlock(),
         locked_vm=mm.locked_vm,
         pinned_vm=mm.pinned_vm,
-        regions=_regions(channel.space.mm),
+        regions=len(channel.space.mm),
         waiting=channel.waiting,
     )
 
@@ -125,10 +125,6 @@ def _pages(context: OpenContext) -> Iterator[Pages]:
             if id(area.pages) not in seen:
                 seen.add(id(area.pages))
                 yield area.pages
-
-
-def _regions(mm: RegisteredMm) -> int:
-    return sum(1 for _ in mm.regions())
 
 
 def _map_entries() -> int:

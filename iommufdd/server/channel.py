@@ -270,6 +270,13 @@ class Channel:
             self._pending = None
             self.server.reactor.modify(self.fd, FROM_CLIENT)
 
+    def say(self, text: str) -> None:
+        """A line for a keeper; dropped when it does not read."""
+        try:
+            self._send_data(text.encode() + b"\n")
+        except OSError:
+            pass
+
     def _sent(self, pipes: list[Pipe | Loan]) -> None:
         for pipe in pipes:
             self.server.pipes.sent(pipe)

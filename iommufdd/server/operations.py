@@ -51,7 +51,7 @@ def register(channel: Channel, index: int, _: int, segments: tuple[Segment, ...]
         raise ENODEV("this file has no pages to register: not a memfd, tmpfs or hugetlbfs file")
     if body.prot & PROT_WRITE and not file.writable:
         raise EPERM("the descriptor is not open for reading and writing")
-    if sum(1 for _ in channel.space.mm.regions()) >= MAX_MAP_COUNT:
+    if len(channel.space.mm) >= MAX_MAP_COUNT:
         raise ENOMEM(f"the address space has {MAX_MAP_COUNT} regions")
     pages = PrivateFile(file) if body.flags & REGISTER_PRIVATE else file
     rights = bool(body.prot & PROT_READ), bool(body.prot & PROT_WRITE)

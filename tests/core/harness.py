@@ -148,6 +148,12 @@ class Client:
         uptr = self.process.put(b"".join(uapi.IovaRange(*span).pack() for span in spans))
         self.ioctl(uapi.IoasAllowIovas(ioas_id=ioas, num_iovas=len(spans), allowed_iovas=uptr), expect)
 
+    def ranges(self, ioas: int) -> list[tuple[int, int]]:
+        """IOAS_IOVA_RANGES: (start, last) of what is not reserved."""
+        cmd = self.ioctl(uapi.IoasIovaRanges(ioas_id=ioas, num_iovas=64, allowed_iovas=DATA))
+        found = [uapi.IovaRange.unpack(self.mm.read(DATA + 16 * n, 16)) for n in range(cmd.num_iovas)]
+        return [(span.start, span.last) for span in found]
+
     def reserve(self, ioas: int, start: int, length: int, expect: int = 0) -> None:
         self.test(test_uapi.AddReserved(start, length), expect, id=ioas)
 

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 class ModelDomain(Domain):
     """A domain without tables: devices remember it."""
 
-    pgsize_bitmap = PAGE_SIZE
-
     def __init__(self, owner: ModelIommu, kind: DomainType = DomainType.PAGING) -> None:
         super().__init__(owner)
         self.type = kind
+        self.pgsize_bitmap = owner.pgsize_bitmap
 
     def attach_dev(self, dev: Device, old: Domain | None) -> None:
         assert isinstance(dev, ModelDevice)
@@ -73,6 +72,7 @@ class ModelIommu:
     user_pasid_table = False
 
     def __init__(self) -> None:
+        self.pgsize_bitmap = PAGE_SIZE
         self.blocked_domain: Domain = ModelDomain(self, DomainType.BLOCKED)
         self.domains: list[ModelDomain] = []  # all it ever made
         self.refused_by: list[tuple[ModelDevice, type[IommufdError]]] = []  # who will refuse the next one it makes

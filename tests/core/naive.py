@@ -38,8 +38,8 @@ def map_errno(ioas: IommufdObject | None, cmd: IoasMap) -> int | None:
             return refusal
     else:
         iova = alloc_iova(iopt, cmd.user_va, cmd.length)
-        if isinstance(iova, OSError):
-            return iova.errno
+        if iova < 0:
+            return -iova
     if cmd.user_va % PAGE_SIZE % iopt.iova_alignment:
         return errno.EINVAL
     return None if iopt.domains else 0
@@ -58,10 +58,10 @@ def _fixed_errno(iopt: IoPagetable, iova: int, length: int) -> int | None:
     return None
 
 
-def alloc_iova(iopt: IoPagetable, addr: int, length: int) -> int | OSError:
-    """iopt_alloc_iova(): the first fit, or its errno."""
+def alloc_iova(iopt: IoPagetable, addr: int, length: int) -> int:
+    """iopt_alloc_iova(): the first fit, or minus an errno."""
     if length == 0 or length >= ULONG_MAX // 2:
-        return OSError(errno.EOVERFLOW, "")
+        return -errno.EOVERFLOW
     alignment = 1
     while alignment < length:
         alignment *= 2
@@ -70,7 +70,7 @@ def alloc_iova(iopt: IoPagetable, addr: int, length: int) -> int | OSError:
             alignment //= 2
     alignment = min(alignment, 2 << 20)
     if alignment < iopt.iova_alignment:
-        return OSError(errno.EINVAL, "")
+        return -errno.EINVAL
     allowed = _join([(span.start, span.last) for span in iopt.allowed])
     if not allowed:
         allowed = [(PAGE_SIZE, ULONG_MAX - PAGE_SIZE)]
@@ -91,7 +91,7 @@ def alloc_iova(iopt: IoPagetable, addr: int, length: int) -> int | OSError:
             iova = fit(hole_start, hole_last)
             if iova is not None:
                 return iova
-    return OSError(errno.ENOSPC, "")
+    return -errno.ENOSPC
 
 
 def _join(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -73,7 +73,10 @@ def with_suite(found: list[Archive], suite: str) -> list[Archive]:
     """The archives that should have the suite, likeliest first: configured for it, or Debian's own."""
     wanted = [archive for archive in found if suite in archive.suites]
     wanted += [archive for archive in found if DEBIAN.search(archive.uri)]
-    return list({archive.uri.rstrip("/"): archive for archive in reversed(wanted)}.values())[::-1]
+    once: dict[str, Archive] = {}
+    for archive in wanted:
+        once.setdefault(archive.uri.rstrip("/"), archive)
+    return list(once.values())
 
 
 def stanza(archive: Archive, suite: str) -> str:

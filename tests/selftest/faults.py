@@ -50,6 +50,10 @@ def reported(remarks: Iterable[str], tests: Sequence[Result]) -> list[Chain] | N
     return None
 
 
+def is_report(line: str) -> bool:
+    return _entries(line) is not None
+
+
 def _entries(line: str) -> list[dict[str, object]] | None:
     start = line.find("{")  # a prefix such as `iommufdctl: ` may stand before
     if start < 0 or KEY not in line:

@@ -43,11 +43,23 @@ def reserved(pages: int = NEEDED) -> Iterator[None]:
         yield
         return
     try:
-        before = int(KERNEL.read_text("ascii"))
-        KERNEL.write_text(str(before + pages))
+        before = _add(pages)
     except OSError as error:
         raise CannotError(f"cannot reserve huge pages: {KERNEL}: {error.strerror}; only root of the host can") from None
     try:
+        if (got := _pool() - before) < pages:
+            raise CannotError(f"of {pages} huge pages the kernel found memory for {got}")
         yield
     finally:
-        KERNEL.write_text(str(before))
+        _add(before - _pool() if _pool() < before + pages else -pages)
+
+
+def _pool() -> int:
+    return int(KERNEL.read_text("ascii"))
+
+
+def _add(pages: int) -> int:
+    """The size of the pool before."""
+    before = _pool()
+    KERNEL.write_text(str(before + pages))
+    return before

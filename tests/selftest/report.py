@@ -75,6 +75,19 @@ def _row(name: str, width: int, size: str, total: int, found: dict[Verdict, int]
     return f"{name:{width}}  {size:>16}  {total:>5}  {numbers}  {seconds:>7.2f}"
 
 
+def _good(result: Round) -> int:
+    tests = result.outcome.tests
+    return result.judgement.good if result.judgement else sum(test.verdict is not Verdict.FAIL for test in tests)
+
+
+def _skips(tests: Iterable[Result]) -> list[str]:
+    """A line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for test in tests:
+        reasons.setdefault(test.reason, []).append(test.name)
+    return [f"SKIP {len(names)}, {reason}: {' '.join(names)}" for reason, names in reasons.items()]
+
+
 def by_variant(names: Iterable[str]) -> list[str]:
     """`fixture.variant: case case`"""
     groups: dict[str, list[str]] = {}
@@ -103,9 +116,19 @@ def failures(results: Sequence[Round], excepted: Iterable[str]) -> list[str]:
     return lines
 
 
+def printed(outcome: Outcome) -> list[str]:
+    """What `run` and the daemon wrote: outside of tests, and in tests that passed, which themselves write nothing."""
+    lines = [line for line in outcome.remarks if not faults.is_report(line)]
+    lines += [
+        f"{test.name}: {message}" for test in outcome.tests if test.verdict is Verdict.PASS for message in test.messages
+    ]
+    shown = [f"     {line}" for line in lines[:REMARKS]]
+    return shown if len(lines) <= REMARKS else [*shown, f"     ... {len(lines) - REMARKS} lines more"]
+
+
 def program(results: Sequence[Round]) -> list[str]:
     """All rounds of one program: its worst as a table, the failures of all, its faults, what is wrong."""
-    worst = min(results, key=lambda result: sum(test.verdict is not Verdict.FAIL for test in result.outcome.tests))
+    worst = min(results, key=_good)
     lines = ["", f"{worst.outcome.program}, round {worst.number}:"]
     if worst.outcome.tests:
         lines += [f"  {line}" for line in fixtures(worst.outcome.tests)]
@@ -118,10 +141,9 @@ def program(results: Sequence[Round]) -> list[str]:
         lines += ["", f"  without 2 MiB huge pages {len(excepted)} fail on the kernel too:"]
         lines += [f"    {line}" for line in by_variant(excepted)]
     skipped = {name for judgement in judgements for name in judgement.skipped}
-    lines += [f"SKIP {test.name}: {test.reason}" for test in worst.outcome.tests if test.name in skipped]
+    lines += _skips(test for test in worst.outcome.tests if test.name in skipped)
     lines += failures(results, excepted)
-    if worst.outcome.planned is None:
-        lines += [f"     {line}" for line in worst.outcome.remarks[-REMARKS:]]
+    lines += printed(worst.outcome)
     for result in results:
         if result.judgement is not None:
             lines += [f"round {result.number}: {problem}" for problem in result.judgement.problems]

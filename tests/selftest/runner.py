@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CALLER = "uid=0,gid=0,caps=ipc_lock+sys_rawio+sys_resource,memlock=8388608"
 UNDER_RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--proc", "--summary", "--caller", CALLER, "--")
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
+NO_RUN = re.compile(r"^iommufdctl: (no seccomp listener|not made for)")  # how `run` says that this host cannot
 GRACE = 5.0  # seconds: for the last output, and between SIGTERM and SIGKILL
 
 
@@ -75,7 +77,15 @@ def run(program: Path, *, prefix: Sequence[str], only: Sequence[str], limit: flo
     progress("")
     remarks = tuple(parser.remarks())
     tests = tuple(parser.tests)
-    return Outcome(program.name, process.returncode, parser.planned, tests, remarks, seconds, timed_out)
+    outcome = Outcome(program.name, process.returncode, parser.planned, tests, remarks, seconds, timed_out)
+    _cannot(outcome)
+    return outcome
+
+
+def _cannot(outcome: Outcome) -> None:
+    for line in outcome.remarks:
+        if outcome.planned is None and NO_RUN.search(line):
+            raise CannotError(line.removeprefix("iommufdctl: "))
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[str]:
@@ -108,11 +118,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
-    for pid in _session(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    end = time.monotonic() + GRACE
+    while (left := _session(process.pid)) and time.monotonic() < end:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.01)
 
 
 def _session(leader: int) -> list[int]:

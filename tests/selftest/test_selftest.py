@@ -4,10 +4,11 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.selftest import exceptions, faults, floor, hugepages, report, runner
+from tests.selftest import faults, floor, hugepages, report, runner
 from tests.selftest.__main__ import main
 from tests.selftest.floor import Floor, Floors
 from tests.selftest.runner import Outcome
@@ -55,12 +56,12 @@ def parsed(printed: str = PRINTED, step: float = 0.5) -> Parser:
     return parser
 
 
-def outcome(parser: Parser, **changed: object) -> Outcome:
+def outcome(parser: Parser, **changed: Any) -> Outcome:
     made = Outcome("iommufd", 1, parser.planned, tuple(parser.tests), tuple(parser.remarks()), 3.0, timed_out=False)
     return made._replace(**changed)
 
 
-def judged(printed: str = PRINTED, *, huge: bool = True, slowest: float = 10, **changed: object) -> floor.Judgement:
+def judged(printed: str = PRINTED, *, huge: bool = True, slowest: float = 10, **changed: Any) -> floor.Judgement:
     floors = Floors(slowest, {"iommufd": AREA._replace(**changed)})
     return floor.judge(outcome(parsed(printed)), floors, hugepages=huge)
 
@@ -134,6 +135,12 @@ def test_failures_once_with_their_rounds() -> None:
     assert "     map: Test terminated by assertion" in lines
 
 
+def test_what_passing_tests_print_is_shown() -> None:
+    spoken = Result("a.b", Verdict.PASS, 0.1, "", ("daemon: bug",))
+    made = outcome(parsed(), tests=(spoken,), remarks=("17 ioctls", report_line(1)))
+    assert report.printed(made) == ["     17 ioctls", "     a.b: daemon: bug"]
+
+
 # ---- the floor ---------------------------------------------------------------------------------------------
 
 
@@ -173,7 +180,7 @@ def test_a_slow_test_is_a_problem() -> None:
         (PRINTED, {"timed_out": True}, "not done after 3 s, ended"),
     ],
 )
-def test_a_run_that_broke_off(printed: str, changed: dict[str, object], problem: str) -> None:
+def test_a_run_that_broke_off(printed: str, changed: dict[str, Any], problem: str) -> None:
     made = outcome(parsed(printed), **changed)
     assert problem in floor.judge(made, Floors(10, {"iommufd": AREA}), hugepages=True).problems
 
@@ -193,95 +200,6 @@ def test_a_file_that_is_no_floor(tmp_path: Path) -> None:
     (tmp_path / "floor.json").write_text("[]")
     with pytest.raises(ValueError, match="no floor file"):
         floor.load(tmp_path / "floor.json")
-
-
-# ---- the kernel's exceptions, from the source --------------------------------------------------------------
-
-SUITE = """\
-FIXTURE_SETUP(plain)
-{
-}
-
-TEST_F(plain, huge_map)
-{
-	buf = mmap(0, 1, MAP_HUGETLB);
-}
-
-FIXTURE_SETUP(flags)
-{
-	if (variant->hugepages) {
-		self->mmap_flags |= MAP_HUGETLB;
-	}
-}
-
-FIXTURE_VARIANT_ADD(flags, small)
-{
-	.hugepages = false,
-};
-
-FIXTURE_VARIANT_ADD(flags, huge)
-{
-	.hugepages = true,
-};
-
-FIXTURE_VARIANT_ADD(flags, file_huge)
-{
-	.hugepages = true,
-	.file = true,
-};
-
-static void
-helper(struct __test_metadata *_metadata,
-       int unused)
-{
-	mmap(0, 1, self->mmap_flags);
-}
-
-TEST_F(flags, direct)
-{
-	mmap(0, 1, self->mmap_flags);
-}
-
-TEST_F(flags, by_helper)
-{
-	helper(_metadata, 0);
-}
-
-TEST_F(flags, none)
-{
-	ASSERT_EQ(0, 0);
-}
-
-FIXTURE_SETUP(all)
-{
-	int flags = MAP_HUGETLB;
-	vrc = mmap(0, 1, flags);
-}
-
-FIXTURE_VARIANT_ADD(all, huge)
-{
-	.hugepages = true,
-};
-
-TEST_F(all, any)
-{
-}
-"""
-
-
-def test_which_tests_need_hugepages() -> None:
-    assert exceptions.need_hugepages(SUITE) == [
-        "all.huge.any",
-        "flags.huge.by_helper",
-        "flags.huge.direct",
-        "plain.huge_map",
-    ]
-    assert len(exceptions.all_tests(SUITE)) == 1 + 3 * 3 + 1
-
-
-def test_hugepages_are_given_back() -> None:
-    assert hugepages.available() == hugepages.available()
-    assert not hugepages.available(1 << 30)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------

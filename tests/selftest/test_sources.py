@@ -235,9 +235,8 @@ def test_headers_as_userspace_gets_them() -> None:
         "struct { int a; } __packed;\nstatic inline int f(void);\n#endif /* _UAPI_X_H */\n"
     )
     assert build.exported(header) == (
-        "#ifndef X_H\n".replace("X_H", " _X_H".replace(" _", " _"))
-        + "\n\t__u64 *data;\t/* the __inline__ asm */\n"
-        + "struct { int a; } __attribute__((packed));\nstatic __inline__ int f(void);\n#endif /*  _X_H */\n"
+        "#ifndef _X_H\n\n\t__u64 *data;\t/* the __inline__ asm */\n"
+        "struct { int a; } __attribute__((packed));\nstatic __inline__ int f(void);\n#endif /* _X_H */\n"
     )
 
 

@@ -18,7 +18,6 @@ from tests.server.peer import STRUCT_ADDR, Peer, Segment, body, close_all, hello
 
 PAGE = 4096
 FLAGS = 7
-MAP_FILE = iommufd.IoasMapFile.CMD.to_bytes(2, "little")
 INTERESTING = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 255, 256, 4095, 4096, 4097, 65535, 65536]
 INTERESTING += [131072, 131073, 2**31 - 1, 2**31, 2**32 - 8, 2**32 - 1]
 
@@ -146,8 +145,6 @@ class Mutator:
             self.peer = self.connect()
         packet = mutated(rng, rng.choice(self.templates), self.templates)
         fds = [self.memfd, self.event, self.peer.identity, *self.kept][: rng.choice((0, 5, 5, 5, 1, 20))]
-        if MAP_FILE in packet:
-            fds = fds[:2] * 2  # a context's own file in its own IOAS: see test_channel.py, test_ring_of_files
         if rng.randrange(50) == 0:
             fds = (fds * 70)[:70]
         try:

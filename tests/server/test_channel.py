@@ -281,7 +281,6 @@ def test_mapping_what_is_not_there(local: Local) -> None:
     assert peer.fds == []
 
 
-@pytest.mark.xfail(reason="pages.py: FilePages holds any file, and so its own context")
 def test_ring_of_files(local: Local) -> None:
     """A context's own file mapped in its own IOAS must not keep it alive for ever."""
     peer = local.connect()

@@ -42,7 +42,7 @@ def test_wrong_version_is_told_the_right_one(local: Local) -> None:
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"kind": 3}, errno.EINVAL),
+        ({"kind": 99}, errno.EINVAL),
         ({"flags": 2}, errno.EINVAL),
         ({"kind": 1, "flags": 1}, errno.EINVAL),
         ({"reserved": 1}, errno.EINVAL),

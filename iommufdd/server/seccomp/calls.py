@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from iommufdd.errors import IommufdError
 from iommufdd.pages import Dmabuf
 from iommufdd.server.instance import OpenContext
+from iommufdd.user import Gate
 
 from . import rw
 from .fds import Installed
+from .proc import open_proc
 from .procmm import StaleError
 from .registers import drop_unmapped, show
 from .sys import pidfd_getfd
@@ -82,19 +84,20 @@ class Calls:
         if len(how) < 8:
             return CONTINUE
         flags = int.from_bytes(how, "little")
-        return self._open(thread, _int(args[0]), args[1], flags) if flags & os.O_ACCMODE == os.O_RDWR else CONTINUE
+        return self._open(thread, _int(args[0]), args[1], flags)
 
     def _open(self, thread: Thread, folder: int, path_at: int, flags: int) -> int:
         path = self._path(thread, folder, path_at)
-        container = PATHS.get(path)
+        container = PATHS.get(path) if flags & os.O_ACCMODE == os.O_RDWR else None
         if container is None:
-            return CONTINUE
+            return self._open_proc(thread, path, flags) if self.supervisor.proc else CONTINUE
         if flags & os.O_CREAT and flags & os.O_EXCL:
             return -errno.EEXIST
         if flags & O_DIRECTORY:
             return -errno.ENOTDIR
         supervisor = self.supervisor
         try:
+            thread.caller.gate(Gate.MEMORY)
             context = OpenContext(supervisor.instance, supervisor.uid, container=container, mappable=True)
         except IommufdError as error:
             return -error.errno
@@ -103,10 +106,28 @@ class Calls:
         except IommufdError as error:
             context.ctx.put()
             return -error.errno
+        installed.report = supervisor.report
         try:
             thread.files.install_context(installed, cloexec=bool(flags & os.O_CLOEXEC))
         except IommufdError as error:
             return -error.errno
+        return ANSWERED
+
+    def _open_proc(self, thread: Thread, path: bytes, flags: int) -> int:
+        try:
+            own = open_proc(self.supervisor, thread, path, flags)
+        except OSError:
+            return CONTINUE
+        if own < 0:
+            return CONTINUE
+        try:
+            thread.files.add(thread.files.free_number(lowest=True), own, cloexec=bool(flags & os.O_CLOEXEC), send=True)
+        except IommufdError as error:
+            return -error.errno
+        except OSError:
+            return CONTINUE
+        finally:
+            os.close(own)
         return ANSWERED
 
     def _path(self, thread: Thread, folder: int, at: int) -> bytes:
@@ -149,7 +170,11 @@ class Calls:
         if cmd == DESTROY and found.maps:
             drop_unmapped(found)
         thread.files.context = context
-        rc = context.ctx.ioctl(thread.caller, cmd, args[2])
+        report = self.supervisor.report
+        if report is None:
+            rc = context.ctx.ioctl(thread.caller, cmd, args[2])
+        else:
+            rc = report.ioctl(thread, context.ctx, cmd, args[2])
         thread.caller.error = None  # it keeps the frames of the call alive
         return rc
 

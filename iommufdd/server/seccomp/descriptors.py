@@ -10,7 +10,12 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.seccomp import NOTIF_ADDFD, SECCOMP_ADDFD_FLAG_SEND, SECCOMP_ADDFD_FLAG_SETFD, SECCOMP_IOCTL_NOTIF_ADDFD
+from iommufd_uapi.seccomp import (
+    NOTIF_ADDFD,
+    SECCOMP_ADDFD_FLAG_SEND,
+    SECCOMP_ADDFD_FLAG_SETFD,
+    SECCOMP_IOCTL_NOTIF_ADDFD,
+)
 from iommufdd.errors import EMFILE
 from iommufdd.eventq import EventqFile
 from iommufdd.server.memory import OtherFile
@@ -62,11 +67,14 @@ class TargetDescriptors:
 
     # ---- new numbers ----
 
-    def free_number(self, least: int = 0) -> int:
-        """The lowest free number from the base (or `least`) on; the highest below it when there is none. EMFILE."""
-        limit = self.thread.process.nofile()
-        base = max(self.supervisor.base, least)
-        for fd in (*range(base, limit), *range(min(base, limit) - 1, 2, -1)):
+    def free_number(self, least: int = 0, *, lowest: bool = False) -> int:
+        """The lowest free number from the base (or `least`) on; the highest below it when there is none. EMFILE.
+
+        `lowest`: of all, for files whose read() and write() are the kernel's.
+        """
+        limit: int = self.thread.process.nofile()
+        base = 0 if lowest else max(self.supervisor.base, least)
+        for fd in (*range(base, limit), *range(min(base, limit) - 1, -1, -1)):
             if fd not in self._reserved and self._is_free(fd):
                 return fd
         raise EMFILE(f"all {limit} descriptor numbers are in use")
@@ -131,7 +139,5 @@ class TargetDescriptors:
     def add(self, fd: int, own: int, *, cloexec: bool = True, send: bool = False) -> None:
         """Put a descriptor of ours into the process at a number; `send` also answers its call. OSError."""
         flags = SECCOMP_ADDFD_FLAG_SETFD | (SECCOMP_ADDFD_FLAG_SEND if send else 0)
-        request = bytearray(
-            NOTIF_ADDFD.pack(self.supervisor.current, flags, own, fd, os.O_CLOEXEC if cloexec else 0)
-        )
+        request = bytearray(NOTIF_ADDFD.pack(self.supervisor.current, flags, own, fd, os.O_CLOEXEC if cloexec else 0))
         fcntl.ioctl(self.supervisor.listener, SECCOMP_IOCTL_NOTIF_ADDFD, request)

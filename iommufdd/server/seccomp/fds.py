@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from iommufdd.server.reactor import Reactor
     from iommufdd.user import File
 
+    from .report import Report
+
 DESCRIPTORS = 2  # that an installed memfd costs at most
 
 
@@ -39,6 +41,7 @@ class Installed:
         self.context = context
         self.file = file
         self.maps: list[Vma] = []  # live mappings of registers
+        self.report: Report | None = None  # who wants to know what is left in it
         self.key = file_key(memfd)
         self.probe = os.open(f"/proc/self/fd/{memfd}", os.O_RDONLY | os.O_CLOEXEC)
         self.wd = inotify_add_watch(watch.fd, f"/proc/self/fd/{self.probe}", IN_CLOSE)
@@ -60,6 +63,8 @@ class Installed:
         self.probe = -1
         self.watch.nofile.uncharge(self.context.uid, DESCRIPTORS)
         try:
+            if self.report is not None:
+                self.report.closed(self.context.ctx)
             for vma in self.maps:
                 vma.put()
             self.file.put()
@@ -106,12 +111,14 @@ class Watch:
             events = os.read(self.fd, 1 << 14)
         except BlockingIOError:
             return
-        touched = dict.fromkeys(INOTIFY_EVENT.unpack_from(events, at)[:2] for at in range(0, len(events), 16))
-        for wd, mask in touched:
-            if mask & IN_Q_OVERFLOW:
-                for installed in list(self.by_wd.values()):
-                    installed.check()
-            elif (installed := self.by_wd.get(wd)) is not None:
+        seen = [INOTIFY_EVENT.unpack_from(events, at)[:2] for at in range(0, len(events), INOTIFY_EVENT.size)]
+        if any(mask & IN_Q_OVERFLOW for _, mask in seen):
+            touched = list(self.by_wd)
+        else:
+            touched = list(dict.fromkeys(wd for wd, _ in seen))
+        for wd in touched:
+            installed = self.by_wd.get(wd)
+            if installed is not None:
                 installed.check()
 
     def close(self) -> None:

@@ -23,23 +23,25 @@ LEAST_BASE = 3
 
 def supervise(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Sequence[int]) -> bytes:
     """Start to answer the processes of a listener; the reply. EBADF, EINVAL, EMFILE."""
-    if len(fds) != 2:
+    if not 2 <= len(fds) <= 3:
         raise EBADF("a keeper sends a seccomp listener and a page for the notification in work")
     if hello.flags & ~FLAGS or hello.reserved or hello.reserved2 or any(hello.device):
         raise EINVAL("a field that must be zero is not")
     if not LEAST_BASE <= hello.mm < 1 << 31:
         raise EINVAL(f"the base of descriptor numbers is {hello.mm}")
-    server, uid = channel.server, channel.peer.uid
+    server = channel.server
     supervisor = Supervisor(
         server,
         server.instances.join(machine),
-        uid,
+        channel.peer,
         os.dup(fds[0]),
         fds[1],
         int(hello.mm),
         _virtual(text) or server.virtual,
     )
     supervisor.attach(channel, hello.flags)
+    if len(fds) == 3:
+        supervisor.debug_folder = os.dup(fds[2])
     return HelloReply(kind=hello.kind, mm=hello.mm).pack()
 
 

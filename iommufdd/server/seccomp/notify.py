@@ -22,22 +22,26 @@ from iommufd_uapi.seccomp import (
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
     native,
 )
+from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY
 from iommufdd.errors import EINVAL
 from iommufdd.server import log
 
 from .calls import ANSWERED, CONTINUE, Calls
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
-from .target import Process, Thread, tgid_of
+from .report import Report
+from .target import Origin, Process, Thread, tgid_of
 
 if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
-    from iommufdd.server.credentials import Virtual
+    from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.files import FileKey, Pipe
     from iommufdd.server.instance import Instance, OpenContext
     from iommufdd.server.serve import Server
 
+    from .calls import Handler
     from .fds import Installed
+    from .proc import FailNth
 
 MANY_THREADS = 256
 EMPTY = bytes(NOTIF.size)
@@ -51,7 +55,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, server: Server, instance: Instance, uid: int, listener: int, page: int, base: int, virtual: Virtual
+        self, server: Server, instance: Instance, peer: Peer, listener: int, page: int, base: int, virtual: Virtual
     ) -> None:
         """Takes over `listener`; `page` is the file of the page. EINVAL, EMFILE."""
         numbers = native()
@@ -61,19 +65,24 @@ class Supervisor:
         self.reactor = server.reactor
         self.instance = instance
         self.machine = instance.machine
-        self.uid = uid
+        self.uid = peer.uid
+        self.origin = _origin(peer)
         self.base = base
         self.virtual = virtual
         self.clock = Clock()
         self.watch = server.watch()
-        self.files = TargetFiles(server.page_files, uid, self._is_ours)
+        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours)
         self.processes: dict[int, Process] = {}
         self.threads: dict[int, Thread] = {}
         self.contexts: set[OpenContext] = set()
         self.current = 0  # the notification in work
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
+        self.report: Report | None = None  # what it wants to know
         self.listener = listener
+        self.debug_folder = -1
+        self.proc = False
+        self._ending = False
         self._calls = Calls(self, numbers)
         try:
             self._page = mmap.mmap(page, NOTIF_PAGE)
@@ -108,17 +117,34 @@ class Supervisor:
         for process in list(self.processes.values()):
             self.forget_process(process)
         self._page.close()
+        if self.debug_folder >= 0:
+            os.close(self.debug_folder)
         self.server.supervisors.discard(self)
         log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
+        if self.report is not None and self.channel is not None:
+            self._drain()
+            self.report.end()
         if self.channel is not None:
             self.channel.close(why)
         self.server.channel_closed()
+
+    def _end(self) -> None:
+        """No process can call any more; what the last ones have open is closed before they count as ended."""
+        self._ending = True
+        self.reactor.modify(self.listener, 0)
+        if not self.processes:
+            self.close("the last process has ended")
 
     # ---- the keeper ----
 
     def attach(self, channel: Channel, flags: int) -> None:
         """Tell this keeper what it wants to know (SUPERVISE_*), and hang up at the end."""
         self.channel, channel.supervisor = channel, self
+        self.proc = bool(flags & SUPERVISE_PROC)
+        if flags & (SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY):
+            self.report = Report(
+                channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
+            )
 
     def detach(self) -> None:
         """The keeper is gone; the processes are served until the last one ends."""
@@ -130,7 +156,7 @@ class Supervisor:
         if mask & select.EPOLLIN:
             self._turn()
         else:
-            self.close("the last process has ended")
+            self._end()
 
     def _turn(self) -> None:
         page = self._page
@@ -141,9 +167,8 @@ class Supervisor:
             return  # ENOENT: the caller was killed meanwhile
         self.current, tid, _, nr, _, _, *args = NOTIF.unpack_from(page)
         self.clock.now += 1
-        while self.watch.pending.poll(0):
-            self.watch.ready(0)
-            self.server.pipes.ready(0)
+        if self.watch.pending.poll(0):
+            self._drain()
         try:
             answer = self._answer(tid, nr, args)
         except Exception as error:
@@ -154,6 +179,12 @@ class Supervisor:
         if answer is not ANSWERED:
             self.send(answer)
         page[:8] = EMPTY[:8]
+
+    def _drain(self) -> None:
+        """Close what was closed before now."""
+        while self.watch.pending.poll(0):
+            self.watch.ready(0)
+            self.server.pipes.ready(0)
 
     def send(self, answer: int) -> None:
         """The result of the call, minus an errno, or CONTINUE."""
@@ -178,7 +209,8 @@ class Supervisor:
             try:
                 if thread is None or thread.process.shares_mm:
                     thread = self._thread(tid)
-                return handler(thread, args)
+                fail_nth = thread.process.fail_nth
+                return handler(thread, args) if fail_nth is None else self._with_faults(fail_nth, handler, thread, args)
             except StaleError:
                 self._forget_thread(tid)
             except OSError as error:
@@ -186,6 +218,25 @@ class Supervisor:
                     raise
                 return self._calls.unreachable(nr, args, error)
         return CONTINUE
+
+    def _with_faults(self, fail_nth: FailNth, handler: Handler, thread: Thread, args: list[int]) -> int:
+        """The process may have asked for the nth acquisition to fail."""
+        nth = fail_nth.get()
+        if not nth:
+            return handler(thread, args)
+        gate = thread.process.gate
+        gate.arm(nth)
+        try:
+            return handler(thread, args)
+        finally:
+            fail_nth.set(gate.nth)
+            if gate.fired is not None:
+                self._note_fault(gate.fired.name)
+            gate.arm(0)
+
+    def _note_fault(self, gate: str) -> None:
+        if self.report is not None:
+            self.report.fired[gate] += 1
 
     def valid(self) -> bool:
         """Whether the notification's caller still waits: what was opened by its number is then its own."""
@@ -230,6 +281,8 @@ class Supervisor:
         if self.processes.get(process.tgid) is process:
             del self.processes[process.tgid]
         process.close()
+        if self._ending and not self.processes:
+            self.close("the last process has ended")
 
     def _prune(self, but: int) -> None:
         """Forget threads that have ended."""
@@ -249,3 +302,10 @@ class Supervisor:
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return any(key[:2] == inode for key in self.watch.by_key)
+
+
+def _origin(peer: Peer) -> Origin:
+    try:
+        return Origin.of(peer.pid)
+    except OSError as error:
+        raise EINVAL(f"the keeper cannot be looked into: {error.strerror}") from None

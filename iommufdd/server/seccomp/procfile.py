@@ -136,9 +136,9 @@ class TargetFile(PageFile):
         for mm in list(self.files.mms):
             for vma in self._vmas(mm, pos):
                 shown = pos - vma.offset
-                if (vma.dev, vma.ino) == self.inode and vma.flags & SHARED and vma.flags & rights == rights:
-                    if 0 <= shown < vma.end - vma.start:
-                        yield mm, vma.start + shown, vma.end - vma.start - shown
+                ours = (vma.dev, vma.ino) == self.inode and vma.flags & SHARED and vma.flags & rights == rights
+                if ours and 0 <= shown < vma.end - vma.start:
+                    yield mm, vma.start + shown, vma.end - vma.start - shown
 
     def _vmas(self, mm: ProcMm, pos: int) -> Iterator[Vma]:
         """Where an mm may map the file: first where it was seen last, which is cheap."""

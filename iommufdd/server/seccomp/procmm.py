@@ -14,6 +14,7 @@ import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufdd.errors import EFAULT
 from iommufdd.user import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Mm, PageFile, PageRun
 
 from .sys import PROCMAP, PROCMAP_ASK, PROCMAP_QUERY
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .target import Process
 
 READABLE, WRITABLE, SHARED = 1, 2, 8  # PROCMAP_QUERY_VMA_*
+GONE = "private memory that was pinned is gone: its process has unmapped it, or has ended; use shared memory"
 _ASKED = PROCMAP.size
 _MAPS_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)")
 
@@ -45,6 +47,9 @@ class Vma(NamedTuple):
     ino: int
 
 
+NOWHERE = Vma(0, 0, 0, 0, 0, 0, 0)
+
+
 class Clock:
     """Counts notifications: what was looked up in an earlier one may have changed."""
 
@@ -62,10 +67,16 @@ class PrivatePages(PageFile):
         return 1 << 64
 
     def pread(self, pos: int, length: int) -> bytes:
-        return self.mm.read(pos, length)
+        data = self.mm.read(pos, length)
+        if not data and length:
+            raise EFAULT(GONE)
+        return data
 
     def pwrite(self, pos: int, data: bytes) -> int:
-        return self.mm.write(pos, data)
+        done = self.mm.write(pos, data)
+        if not done and data:
+            raise EFAULT(GONE)
+        return done
 
 
 class ProcMm(Mm):
@@ -88,7 +99,7 @@ class ProcMm(Mm):
         self.private = PrivatePages(self, compound=False)
         self.private_huge = PrivatePages(self, compound=True)
         self._asked = bytearray(_ASKED)
-        self._last = Vma(0, 0, 0, 0, 0, 0, 0)
+        self._last = self._before = NOWHERE  # the two looked up last, in this notification
         self._stamp = -1
 
     def close(self) -> None:
@@ -165,11 +176,20 @@ class ProcMm(Mm):
 
     def find(self, addr: int) -> Vma | None:
         """The VMA that holds addr. StaleError when the mm is gone, and with it the task that is thought to have it."""
-        if self._stamp == self.clock.now and self._last.start <= addr < self._last.end:
+        if self.maps < 0:
+            raise StaleError(f"the mm of pid {self.pid} is gone")
+        last = self._last
+        if self._stamp != self.clock.now:
+            self._stamp, self._last, self._before = self.clock.now, NOWHERE, NOWHERE
+        elif last.start <= addr < last.end:
+            return last
+        elif self._before.start <= addr < self._before.end:
+            self._before, self._last = last, self._before
             return self._last
+        else:
+            self._before = last
         vma = self._query(addr) if self.files.procmap_query else self._parse(addr)
-        if vma is not None:
-            self._last, self._stamp = vma, self.clock.now
+        self._last = NOWHERE if vma is None else vma
         return vma
 
     def _query(self, addr: int) -> Vma | None:

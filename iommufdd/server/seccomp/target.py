@@ -7,7 +7,7 @@ import re
 import resource
 import select
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from iommufdd.server.credentials import CAPABILITIES, DEFAULT_MEMLOCK, UNLIMITED
 from iommufdd.user import PAGE_SHIFT, Caller, FaultGate, Task
@@ -22,13 +22,34 @@ if TYPE_CHECKING:
     from iommufdd.user import User
 
     from .notify import Supervisor
+    from .proc import FailNth
     from .procmm import Clock
 
-_STATUS = re.compile(rb"^(Tgid|Uid|CapEff):\s*([0-9a-f]+)", re.MULTILINE)
+_STATUS = re.compile(rb"^(Tgid|Uid|CapEff|NSpid):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE)  # first and last word
+
+
+class Origin(NamedTuple):
+    """What the keeper had when it started: virtual credentials hold until a process changes its own."""
+
+    uid: int
+    caps: int
+    memlock: int
+
+    @classmethod
+    def of(cls, pid: int) -> Origin:
+        """OSError"""
+        with open(f"/proc/{pid}/status", "rb") as file:
+            found = _status_words(file.read())
+        memlock = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)[0]
+        return cls(int(found.get(b"Uid", b"-1")), int(found.get(b"CapEff", b"0"), 16), memlock)
 
 
 class ProcTask(Task):
-    """The credentials a process has now, or those it is said to have."""
+    """The credentials a process has now, or those it is said to have.
+
+    What a process gives up or changes itself counts under virtual credentials too: setuid() ends them, setrlimit()
+    sets the limit, a capability that is dropped is gone.
+    """
 
     def __init__(self, process: Process, machine: Machine, virtual: Virtual, clock: Clock) -> None:
         self.name = f"pid {process.tgid}"
@@ -37,7 +58,8 @@ class ProcTask(Task):
         self._virtual = virtual
         self._clock = clock
         self._read_at = -1
-        self._uid, self._caps = -1, 0
+        self._origin = process.supervisor.origin
+        self._uid, self._real_uid, self._caps = -1, -1, 0
 
     @property
     def user(self) -> User:  # type: ignore[override]
@@ -58,22 +80,27 @@ class ProcTask(Task):
         return self._capable("CAP_SYS_RAWIO")
 
     def memlock_pages(self) -> int:
-        if self._virtual.memlock is not None:
-            return self._virtual.memlock >> PAGE_SHIFT
-        return self._process.memlock() >> PAGE_SHIFT
+        limit = self._process.memlock()
+        if self._virtual.memlock is not None and limit == self._origin.memlock:
+            limit = self._virtual.memlock
+        return (UNLIMITED if limit == resource.RLIM_INFINITY else limit) >> PAGE_SHIFT
 
     def _capable(self, name: str) -> bool:
-        if self._virtual.caps is not None:
-            return name in self._virtual.caps
         self._refresh()
-        return bool(self._caps >> CAPABILITIES[name] & 1)
+        bit = CAPABILITIES[name]
+        has = bool(self._caps >> bit & 1)
+        if self._virtual.caps is None:
+            return has
+        kept = has if self._origin.caps >> bit & 1 else self._real_uid == self._origin.uid
+        return name in self._virtual.caps and kept
 
     def _refresh(self) -> None:
         if self._read_at == self._clock.now:
             return
         self._read_at = self._clock.now
         found = self._process.status()
-        self._uid = int(found.get(b"Uid", b"-1")) if self._virtual.uid is None else self._virtual.uid
+        uid = self._real_uid = int(found.get(b"Uid", b"-1"))
+        self._uid = uid if self._virtual.uid is None or uid != self._origin.uid else self._virtual.uid
         self._caps = int(found.get(b"CapEff", b"0"), 16) if self._process.same_user_ns else 0
 
 
@@ -94,6 +121,7 @@ class Process:
             os.close(self.pidfd)
             raise
         self.gate = FaultGate()
+        self.fail_nth: FailNth | None = None
         self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
         supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
@@ -140,32 +168,40 @@ class Process:
         self.supervisor.reactor.unregister(self.pidfd)
         os.close(self.pidfd)
         os.close(self._status)
+        if self.fail_nth is not None:
+            self.fail_nth.close()
         self.mm.leave(self)
 
+    def pid_inside(self) -> int:
+        """Its number in its own pid namespace."""
+        return int(self.status().get(b"NSpid, last", b"0"))
+
     def status(self) -> dict[bytes, bytes]:
-        """Tgid, Uid and CapEff of /proc/PID/status; empty when it has ended."""
+        """The first words of some lines of /proc/PID/status; nothing when it has ended."""
         try:
-            return dict(_STATUS.findall(os.pread(self._status, 4096, 0)))
+            return _status_words(os.pread(self._status, 4096, 0))
         except OSError:
             return {}
 
     def memlock(self) -> int:
-        """RLIMIT_MEMLOCK in bytes."""
-        try:
-            if self.ended:
-                return DEFAULT_MEMLOCK
-            soft = resource.prlimit(self.tgid, resource.RLIMIT_MEMLOCK)[0]
-        except OSError:
-            return DEFAULT_MEMLOCK
-        return UNLIMITED if soft == resource.RLIM_INFINITY else soft
+        """RLIMIT_MEMLOCK in bytes, or RLIM_INFINITY."""
+        return self._limit(resource.RLIMIT_MEMLOCK, b"Max locked memory", DEFAULT_MEMLOCK)
 
     def nofile(self) -> int:
         """RLIMIT_NOFILE."""
-        try:
-            soft = resource.prlimit(self.tgid, resource.RLIMIT_NOFILE)[0]
-        except OSError:
-            return 1024
+        soft = self._limit(resource.RLIMIT_NOFILE, b"Max open files", 1024)
         return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+    def _limit(self, which: int, name: bytes, unknown: int) -> int:
+        """A soft limit. prlimit() wants CAP_SYS_RESOURCE over another user's process, the text wants nothing."""
+        try:
+            if self.ended:
+                return unknown
+            return resource.prlimit(self.tgid, which)[0]
+        except PermissionError:
+            return _limit_in_text(self.tgid, name, unknown)
+        except OSError:
+            return unknown
 
 
 class Thread:
@@ -201,7 +237,7 @@ class CallerMemory:
 def tgid_of(tid: int) -> int:
     """The thread group of a thread. OSError."""
     with open(f"/proc/{tid}/status", "rb") as file:
-        found = dict(_STATUS.findall(file.read(512)))
+        found = _status_words(file.read(1024))
     if b"Tgid" not in found:
         raise StaleError("no Tgid")
     return int(found[b"Tgid"])
@@ -210,3 +246,22 @@ def tgid_of(tid: int) -> int:
 def _uid_map(pid: str) -> str:
     with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
         return file.read()
+
+
+def _limit_in_text(tgid: int, name: bytes, unknown: int) -> int:
+    try:
+        with open(f"/proc/{tgid}/limits", "rb") as file:
+            found = re.search(rb"^" + name + rb"\s+(\d+|unlimited)", file.read(), re.MULTILINE)
+    except OSError:
+        return unknown
+    if found is None:
+        return unknown
+    return resource.RLIM_INFINITY if found[1] == b"unlimited" else int(found[1])
+
+
+def _status_words(text: bytes) -> dict[bytes, bytes]:
+    """By name the first word of a line, by "name, last" the last one."""
+    found: dict[bytes, bytes] = {}
+    for name, first, last in _STATUS.findall(text):
+        found[name], found[name + b", last"] = first, last or first
+    return found

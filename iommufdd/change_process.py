@@ -32,15 +32,20 @@ def ioas_change_process(ucmd: Ucmd, cmd: uapi.IoasChangeProcess) -> None:
                 raise EINVAL(f"iova {area.iova:#x} of {ioas} was not mapped from a file")
             everything[id(area.pages)] = area.pages
     moving = {key: pages for key, pages in everything.items() if _need_charge_update(pages, caller)}
-    _charge_current(caller, list(moving.values()))
+    try:
+        _charge_current(caller, list(moving.values()))
+    except IommufdError:
+        for pages in moving.values():
+            pages.last_npinned = pages.npinned
+        raise
     error: IommufdError | None = None
     for key, pages in everything.items():
         if key in moving:
+            pages.last_npinned = 0  # where that fails, the new payer is never given it back
             try:
                 pages.update_pinned(-pages.npinned)
             except EINVAL as failed:
                 error = failed
-                pages.last_npinned = 0  # the new payer is never given it back (charge_current() set it aside)
         pages.mm, pages.task, pages.user = caller.mm, caller.task, caller.task.user
     if error is not None:
         raise error
@@ -58,7 +63,7 @@ def _charge_current(caller: Caller, moving: list[Pages]) -> None:
     paid: list[tuple[Account, int]] = []
     try:
         for account in Account:
-            npages = sum(pages.npinned for pages in moving if pages.account is account)
+            npages = sum(pages.last_npinned for pages in moving if pages.account is account)
             if npages:
                 charge(account, npages, caller.task, caller.task.user, caller.mm)
                 paid.append((account, npages))

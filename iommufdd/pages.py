@@ -33,7 +33,7 @@ def charge(account: Account, npages: int, task: Task, user: User, mm: Mm) -> Non
         _check_limit(npages, user.locked_vm, task, f"uid {user.uid}")
         user.locked_vm += npages
     elif account is Account.MM:
-        if npages < 0 and not mm.alive:
+        if npages <= 0 and not mm.alive:  # quirk: for nothing to give back too (update_mm_locked_vm)
             raise EINVAL("the process that pays for these pages is gone")
         _check_limit(npages, mm.locked_vm, task, f"process {task.name or '?'}")
         mm.locked_vm += npages

@@ -120,14 +120,14 @@ class Keeper:
 
     def _take_over(self) -> None:
         """Answer the call that the daemon had in work, and those that come."""
-        poll = select.poll()
-        poll.register(self.listener, 0)
-        if self._processes_left():
-            current = int.from_bytes(self.page[:8], "little")
-            if current:
-                sys.stderr.write("iommufdctl: the daemon is gone; /dev/iommu answers ENODEV from now on\n")
-                self._send(current, -errno.ENODEV)
-            self._poll.register(self.listener, select.POLLIN)
+        if not self._processes_left():
+            return
+        sys.stderr.write("iommufdctl: the daemon is gone; /dev/iommu answers ENODEV from now on\n")
+        sys.stderr.flush()
+        current = int.from_bytes(self.page[:8], "little")
+        if current:
+            self._send(current, -errno.ENODEV)
+        self._poll.register(self.listener, select.POLLIN)
 
     def answer(self, mask: int) -> None:
         """One notification, if there is one."""

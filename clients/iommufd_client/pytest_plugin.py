@@ -1,7 +1,7 @@
 """Room client: pytest fixtures. `iommufd` is a fresh /dev/iommu on a machine of its own, from which nothing leaks.
 
-The daemon is started once a session, with the ini option `iommufdd_options`. Load it with
-`-p iommufd_client.pytest_plugin`, or name it in `pytest_plugins` of the top conftest.py.
+The daemon is started once a session, when the first test asks for it, with the ini option `iommufdd_options`.
+pytest finds the plugin by itself where iommufdd is installed; `-p no:iommufdd` leaves it out.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
     parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
-    parser.add_argument("--caller", metavar="SPEC", default="", help="credentials that CMD starts with, see below")
+    parser.add_argument("--caller", type=_caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below")
     parser.add_argument(
         "--proc",
         action="store_true",
@@ -69,6 +70,14 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
+
+
+def _caller(text: str) -> str:
+    """What the daemon would refuse without saying why."""
+    for part in filter(None, text.split(",")):
+        if not re.fullmatch(r"[ug]id=\d+|caps=[a-z_+]*|memlock=(\d+|unlimited)", part, re.IGNORECASE):
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of uid=N, gid=N, caps=NAME+NAME, memlock=BYTES")
+    return text
 
 
 def _fd_base(text: str) -> int:

@@ -6,6 +6,7 @@ import array
 import os
 import select
 import socket
+import struct
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from .serve import Server
 
 PACKETS_AFTER_HANG_UP = 32  # a turn, of those still in the queue
+PACKETS_ALONE = 32  # a turn of the only channel
 ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 CUT_OFF = socket.MSG_CTRUNC | socket.MSG_TRUNC
-MSG_CMSG_CLOEXEC = 0x4000_0000  # include/linux/socket.h; no constant of Python's
+WAIT = 0x4000_0000  # MSG_CMSG_CLOEXEC of include/linux/socket.h; no constant of Python's
+DONT_WAIT = WAIT | socket.MSG_DONTWAIT
 NO_FDS: list[int] = []
 NO_PIPES: list[Pipe | Loan] = []
 FROM_CLIENT = select.EPOLLIN | select.EPOLLRDHUP
@@ -59,6 +62,10 @@ class Channel:
         self.peer = peer
         self.fd = connection.fileno()
         self._recvmsg_into, self._send_data = connection.recvmsg_into, connection.send
+        # Every call says MSG_DONTWAIT, but the receive of a channel that is alone: that one waits this long.
+        connection.setblocking(True)
+        linger = max(int(server.reactor.linger * 1e6), 1)  # 0 would be for ever
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, linger))
         self.open = True  # the connection
         self.joined = False  # a context
         self.closing = False  # once the reply that is on its way has left
@@ -82,8 +89,11 @@ class Channel:
                 if not self._turn():
                     break
                 self.server.pipes.ready(0)
-        else:
-            self._turn()
+        elif self._turn() and self.server.alone:
+            # Nobody else to look after, and epoll costs as much as a receive: wait here, for a while.
+            for _ in range(PACKETS_ALONE):
+                if not self._turn(WAIT) or not self.server.alone:
+                    break
 
     # ---- joining a context ----
 
@@ -146,10 +156,10 @@ class Channel:
 
     # ---- one packet ----
 
-    def _turn(self) -> bool:
+    def _turn(self, how: int = DONT_WAIT) -> bool:
         """Receive and answer one packet; False when there was none, or no more should be received."""
         try:
-            size, ancillary, flags, _ = self._recvmsg_into(self.server.target, ANCILLARY, MSG_CMSG_CLOEXEC)
+            size, ancillary, flags, _ = self._recvmsg_into(self.server.target, ANCILLARY, how)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -249,9 +259,10 @@ class Channel:
         """Send now, or keep it until the peer has read; then its descriptors are no longer ours."""
         try:
             if fds:
-                self.sock.sendmsg((data,), ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)),))
+                rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)
+                self.sock.sendmsg((data,), (rights,), socket.MSG_DONTWAIT)
             else:
-                self._send_data(data)
+                self._send_data(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             if self._pending is None:
                 self.server.reactor.modify(self.fd, select.EPOLLOUT)

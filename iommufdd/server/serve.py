@@ -85,6 +85,11 @@ class Server:
             self._watch = Watch(self.reactor, self.nofile, self.pipes.closers)
         return self._watch
 
+    @property
+    def alone(self) -> bool:
+        """There is one channel, and no descriptor out whose end would have to be seen before its next packet."""
+        return len(self.channels) == 1 and not self.pipes.by_key
+
     def channel_closed(self) -> None:
         if not self.channels and not self.supervisors:
             self.idle.set()

@@ -10,6 +10,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Self
 
 from iommufd_client.testing import Daemon
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from iommufd_uapi.layout import Ioctl
 
 STRUCT_ADDR = 0x1000
+STRETCHES = 250
 
 
 def option_get() -> uapi.Option:
@@ -120,11 +122,15 @@ def pinger() -> Iterator[Pinger]:
 
 
 def timed(work: Callable[[], object], count: int) -> float:
-    """Seconds for one of `count` calls."""
-    start = time.perf_counter()
-    for _ in range(count):
-        work()
-    return (time.perf_counter() - start) / count
+    """Seconds for one of `count` calls: the median of short stretches, as pingpong.c has it."""
+    stretch = max(count // STRETCHES, 1)
+    times = []
+    for _ in range(0, count, stretch):
+        start = time.perf_counter()
+        for _ in range(stretch):
+            work()
+        times.append((time.perf_counter() - start) / stretch)
+    return median(times)
 
 
 def check(results: Sequence[object]) -> None:

@@ -6,7 +6,8 @@
  *   pingpong call CPU COUNT PATH HELLO_BYTES REPLY_BYTES < HELLO REQUEST
  *       against the daemon at PATH: HELLO once, then REQUEST over and over
  *
- * Prints the nanoseconds of one round trip.
+ * Prints the nanoseconds of one round trip: the median of stretches of 20, so that another process which takes
+ * the CPU for a few milliseconds does not count.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -22,6 +23,7 @@
 #include <unistd.h>
 
 #define WARM_UP 200
+#define STRETCH 20
 #define MAX_PACKET 131072
 
 static char request[MAX_PACKET], reply[MAX_PACKET];
@@ -54,14 +56,27 @@ static void trips(int sock, long count, size_t request_bytes, size_t reply_bytes
 	}
 }
 
+static int compare(const void *a, const void *b)
+{
+	return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
+
 static void report(int sock, long count, size_t request_bytes, size_t reply_bytes)
 {
-	double start;
+	long stretches = (count + STRETCH - 1) / STRETCH;
+	double *times = calloc(stretches, sizeof(*times)), start;
 
+	if (!times)
+		err(1, "calloc");
 	trips(sock, WARM_UP, request_bytes, reply_bytes);
-	start = now();
-	trips(sock, count, request_bytes, reply_bytes);
-	printf("%.1f\n", (now() - start) / count);
+	for (long i = 0; i < stretches; i++) {
+		start = now();
+		trips(sock, STRETCH, request_bytes, reply_bytes);
+		times[i] = (now() - start) / STRETCH;
+	}
+	qsort(times, stretches, sizeof(*times), compare);
+	printf("%.1f\n", times[stretches / 2]);
+	free(times);
 }
 
 static void echo(int sock, size_t reply_bytes)

@@ -35,10 +35,10 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
 
 def _over(work: Callable[[Path], None], paths: list[Path]) -> Callable[[], float]:
     def run() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         for path in paths:
             work(path)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     return run
 

@@ -143,8 +143,6 @@ def test_the_plugin_finds_what_is_left_behind(tmp_path: Path) -> None:
         "-m",
         "pytest",
         "-p",
-        "iommufd_client.pytest_plugin",
-        "-p",
         "no:cacheprovider",
         "-rA",
         ".",

@@ -53,7 +53,7 @@ def test_bits_are_ored_into_what_is_there(
 
 
 def test_a_stretch_that_reaches_over_the_end_stops_there() -> None:
-    """At the end of the last byte: the caller's bitmap has no more."""
+    """At the end of the last byte. Linux does not: iova_bitmap_set() sets bits to the end of the page."""
     c = Client()
     c.process.put(bytes(8))
     target = IovaBitmap(c.caller, 0, 9 * PAGE_SIZE - 1, PAGE_SIZE, DATA)

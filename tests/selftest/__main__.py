@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import exceptions, floor, hugepages, report, runner, source
+from . import exceptions, faults, floor, hugepages, report, runner, source
 from .build import PROGRAMS, build
 from .say import BrokenError, CannotError, note, progress
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .floor import Floors
+    from .runner import Outcome
     from .source import Source
 
 KSFT_SKIP = 4
@@ -122,20 +124,31 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _run_all(args: argparse.Namespace, folder: Path, floors: Floors, *, hugepages: bool) -> list[report.Round]:
-    prefix = () if args.bare else runner.UNDER_RUN
     results = []
     for number in range(1, args.rounds + 1):
         for name in [args.program] if args.program else PROGRAMS:
-            only = [test for test in args.test if test.startswith("basic_fail_nth.") == (name == PROGRAMS[1])]
+            only = [test for test in args.test if test.startswith("basic_fail_nth.") == (name == faults.PROGRAM)]
             if args.test and not only:
                 continue
-            outcome = runner.run(
-                folder / name, prefix=prefix, only=only, limit=args.limit, echo=args.verbose, label=f"round {number}"
-            )
-            judgement = None if only else floor.judge(outcome, floors, hugepages=hugepages)
-            results.append(report.Round(number, outcome, judgement))
+            outcome = _run(args, folder / name, only, number)
+            chains = None
+            if name == faults.PROGRAM and not args.bare:
+                alone = functools.partial(_alone, args, folder / name, number)
+                chains = faults.sweep(outcome, alone)
+            judgement = None if only else floor.judge(outcome, floors, chains, hugepages=hugepages)
+            results.append(report.Round(number, outcome, judgement, chains))
             note(report.summary(results[-1]))
     return results
+
+
+def _run(args: argparse.Namespace, program: Path, only: Sequence[str], number: int, *options: str) -> Outcome:
+    prefix = () if args.bare else (*runner.UNDER_RUN, *options, "--")
+    return runner.run(program, prefix=prefix, only=only, limit=args.limit, echo=args.verbose, label=f"round {number}")
+
+
+def _alone(args: argparse.Namespace, program: Path, number: int, test: str) -> Outcome:
+    """Counted: the summary costs time, so it is not asked for where time is told."""
+    return _run(args, program, [test], number, "--summary")
 
 
 def _check_exceptions(found: Source, floors: Floors) -> None:

@@ -1,84 +1,64 @@
-"""The faults that fired, as `run --summary` reports them.
+"""The faults that fired in each chain of iommufd_fail_nth, as `run --summary` counts them: by kind of gate.
 
-One line of JSON on stderr, the processes in the order in which they opened their fail-nth file:
-
-    {"fail_nth": [{"pid": 4711, "met": {"MEMORY": 30, "PIN": 12}, "fired": {"MEMORY": 9, "PIN": 2}}, ...]}
-
-`met`: the acquisitions that passed a gate of the kind while the process was armed, in all rounds of its sweep; `fired`:
-those that were made to fail. Each chain of iommufd_fail_nth is one test, which is one process.
+A chain is one test: it repeats its calls, the n-th acquisition failing in round n, until a round in which none is left
+to fail. So in a chain that passes, each acquisition has been made to fail; what fired tells what the daemon acquires.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from .tap import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from .tap import Result
+    from .runner import Outcome
 
-KEY = "fail_nth"
+LINE = re.compile(r"\b(\d+) faults injected at gate (\w+)$")
+PROGRAM = "iommufd_fail_nth"
 
 
 class Chain(NamedTuple):
-    """One sweep; the counts by kind of gate."""
+    """One sweep by itself."""
 
     name: str
-    met: dict[str, int]
-    fired: dict[str, int]
-
-    @property
-    def missed(self) -> list[str]:
-        """Kinds of gates that were met but never fired."""
-        return sorted(kind for kind, count in self.met.items() if count and not self.fired.get(kind))
+    passed: bool
+    fired: dict[str, int]  # by kind of gate
 
 
-def reported(remarks: Iterable[str], tests: Sequence[Result]) -> list[Chain] | None:
-    """The chains by name; None without a report."""
-    names = [test.case for test in tests if test.verdict is not Verdict.SKIP]
-    for line in remarks:
-        entries = _entries(line)
-        if entries is not None:
-            names += ["?"] * (len(entries) - len(names))
-            return [
-                Chain(name, _counts(entry.get("met")), _counts(entry.get("fired")))
-                for name, entry in zip(names, entries, strict=False)
-            ]
-    return None
+def count(lines: Iterable[str]) -> dict[str, int]:
+    return {found[2]: int(found[1]) for line in lines if (found := LINE.search(line))}
 
 
-def is_report(line: str) -> bool:
-    return _entries(line) is not None
+def sweep(outcome: Outcome, run: Callable[[str], Outcome]) -> list[Chain]:
+    """Each chain that ran, once more and alone, `run` taking a test's name: else the counts would be sums."""
+    chains = []
+    for test in outcome.tests:
+        if test.verdict is Verdict.PASS:
+            again = run(test.name)
+            passed = [once.verdict for once in again.tests] == [Verdict.PASS]
+            chains.append(Chain(test.case, passed, count(again.remarks)))
+    return chains
 
 
-def _entries(line: str) -> list[dict[str, object]] | None:
-    start = line.find("{")  # a prefix such as `iommufdctl: ` may stand before
-    if start < 0 or KEY not in line:
-        return None
-    try:
-        found = json.loads(line[start:])
-    except ValueError:
-        return None
-    entries = found.get(KEY)
-    return entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else None
-
-
-def _counts(value: object) -> dict[str, int]:
-    return {str(kind): int(count) for kind, count in value.items()} if isinstance(value, dict) else {}
+def problems(chains: Sequence[Chain], required: dict[str, frozenset[str]]) -> list[str]:
+    """What is missing of the kinds that must have fired, by chain."""
+    fired = {chain.name: chain.fired for chain in chains}
+    found = [f"chain {chain.name} does not pass alone" for chain in chains if not chain.passed]
+    for name, kinds in required.items():
+        if missing := sorted(kinds - fired.get(name, {}).keys()):
+            found.append(f"chain {name}: no fault fired at {', '.join(missing)}")
+    return found
 
 
 def table(chains: Sequence[Chain]) -> list[str]:
-    """Faults fired, a row for each chain and a column for each kind; `-` where the chain has no such gate."""
-    kinds = sorted({kind for chain in chains for kind in (*chain.met, *chain.fired)})
-    width = max([len("chain"), *(len(chain.name) for chain in chains)])
-    lines = ["  ".join([f"{'chain':{width}}", *(f"{kind:>8}" for kind in kinds), f"{'fired':>6}"])]
+    """A row for each chain and a column for each kind of gate; `-` where none fired."""
+    kinds = sorted({kind for chain in chains for kind in chain.fired})
+    width = max([len("faults fired"), *(len(chain.name) for chain in chains)])
+    lines = ["  ".join([f"{'faults fired':{width}}", *kinds, f"{'all':>5}"])]
     for chain in chains:
-        cells = [
-            f"{chain.fired.get(kind, 0) if kind in chain.met or kind in chain.fired else '-':>{max(8, len(kind))}}"
-            for kind in kinds
-        ]
-        lines.append("  ".join([f"{chain.name:{width}}", *cells, f"{sum(chain.fired.values()):>6}"]))
+        cells = [f"{chain.fired.get(kind, '-'):>{len(kind)}}" for kind in kinds]
+        lines.append("  ".join([f"{chain.name:{width}}", *cells, f"{sum(chain.fired.values()):>5}"]))
     return lines

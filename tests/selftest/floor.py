@@ -11,6 +11,9 @@ from . import faults
 from .tap import Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .faults import Chain
     from .runner import Outcome
 
 HUGE_MMAP = re.compile(r"MAP_FAILED|vrc == self->buffer")  # the assertions on mmap() with MAP_HUGETLB
@@ -24,7 +27,7 @@ class Floor(NamedTuple):
     floor: int  # of passes, the skips below among them
     skips: frozenset[str]  # the suite's own
     without_hugepages: frozenset[str]  # may fail at their mmap() where there are no huge pages, as on the kernel
-    faults: bool  # a fault must have fired at each kind of gate that a chain met
+    faults: dict[str, frozenset[str]]  # by chain: the kinds of gates at which a fault must have fired
 
 
 class Floors(NamedTuple):
@@ -44,7 +47,7 @@ def load(path: Path = COMMITTED) -> Floors:
                 floor=int(entry["floor"]),
                 skips=frozenset(entry.get("skips", ())),
                 without_hugepages=frozenset(entry.get("without_hugepages", ())),
-                faults=bool(entry.get("faults", False)),
+                faults={chain: frozenset(kinds) for chain, kinds in entry.get("faults", {}).items()},
             )
             for name, entry in found["programs"].items()
         }
@@ -63,7 +66,8 @@ class Judgement(NamedTuple):
     problems: list[str]  # empty: the floor is reached
 
 
-def judge(outcome: Outcome, floors: Floors, *, hugepages: bool) -> Judgement:
+def judge(outcome: Outcome, floors: Floors, chains: Sequence[Chain] | None = None, *, hugepages: bool) -> Judgement:
+    """`chains`: the faults of each, None where faults cannot be counted."""
     floor = floors.programs[outcome.program]
     skips = {test.name for test in outcome.tests if test.verdict is Verdict.SKIP}
     failed = [test for test in outcome.tests if test.verdict is Verdict.FAIL]
@@ -75,6 +79,8 @@ def judge(outcome: Outcome, floors: Floors, *, hugepages: bool) -> Judgement:
     good = len(outcome.tests) - len(failures) - len(skips - floor.skips)
     judgement = Judgement(good, sorted(excepted), sorted(skips - floor.skips), sorted(failures - excepted), [])
     judgement.problems.extend(_problems(outcome, floor, judgement))
+    if chains is not None:
+        judgement.problems.extend(faults.problems(chains, floor.faults))
     for test in outcome.tests:
         if test.seconds > floors.slowest:
             judgement.problems.append(f"{test.name} took {test.seconds:.1f} s, more than {floors.slowest:g} s")
@@ -92,15 +98,4 @@ def _problems(outcome: Outcome, floor: Floor, judgement: Judgement) -> list[str]
     need = floor.floor - len(judgement.excepted)
     if judgement.good < need:
         found.append(f"{judgement.good} of {floor.tests} good, the floor is {need}")
-    chains = faults.reported(outcome.remarks, outcome.tests)
-    if chains is not None:
-        if len(chains) != len(outcome.tests):
-            found.append(f"{len(chains)} chains with faults, {len(outcome.tests)} tests")
-        for chain in chains:
-            if chain.missed:
-                found.append(f"chain {chain.name}: no fault fired at {', '.join(chain.missed)}")
-            elif not chain.fired:
-                found.append(f"chain {chain.name}: no fault fired")
-    elif floor.faults:
-        found.append("run reported no faults")
     return found

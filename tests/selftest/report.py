@@ -12,6 +12,7 @@ from .tap import Verdict
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .faults import Chain
     from .floor import Judgement
     from .runner import Outcome
     from .tap import Result
@@ -26,6 +27,7 @@ class Round(NamedTuple):
     number: int
     outcome: Outcome
     judgement: Judgement | None
+    chains: list[Chain] | None = None
 
     @property
     def failed(self) -> bool:
@@ -118,7 +120,7 @@ def failures(results: Sequence[Round], excepted: Iterable[str]) -> list[str]:
 
 def printed(outcome: Outcome) -> list[str]:
     """What `run` and the daemon wrote: outside of tests, and in tests that passed, which themselves write nothing."""
-    lines = [line for line in outcome.remarks if not faults.is_report(line)]
+    lines = list(outcome.remarks)
     lines += [
         f"{test.name}: {message}" for test in outcome.tests if test.verdict is Verdict.PASS for message in test.messages
     ]
@@ -132,9 +134,8 @@ def program(results: Sequence[Round]) -> list[str]:
     lines = ["", f"{worst.outcome.program}, round {worst.number}:"]
     if worst.outcome.tests:
         lines += [f"  {line}" for line in fixtures(worst.outcome.tests)]
-    chains = faults.reported(worst.outcome.remarks, worst.outcome.tests)
-    if chains:
-        lines += ["", "  faults fired"] + [f"  {line}" for line in faults.table(chains)]
+    if worst.chains:
+        lines += ["", *(f"  {line}" for line in faults.table(worst.chains))]
     judgements = [result.judgement for result in results if result.judgement is not None]
     excepted = sorted({name for judgement in judgements for name in judgement.excepted})
     if excepted:
@@ -163,7 +164,6 @@ def as_json(results: Sequence[Round], **facts: object) -> dict[str, object]:
 
 def _run(result: Round) -> dict[str, object]:
     outcome = result.outcome
-    chains = faults.reported(outcome.remarks, outcome.tests)
     return {
         "round": result.number,
         "program": outcome.program,
@@ -172,7 +172,7 @@ def _run(result: Round) -> dict[str, object]:
         "planned": outcome.planned,
         **{verdict.value: number for verdict, number in counts(outcome.tests).items()},
         "judgement": None if result.judgement is None else result.judgement._asdict(),
-        "faults": None if chains is None else [chain._asdict() for chain in chains],
+        "faults": None if result.chains is None else [chain._asdict() for chain in result.chains],
         "remarks": outcome.remarks,
         "tests": [
             {**test._asdict(), "verdict": test.verdict.value, "seconds": round(test.seconds, 4)}

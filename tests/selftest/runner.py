@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Root of a machine of its own: in a container root often lacks some of it, and CI may be anybody.
 CALLER = "uid=0,gid=0,caps=ipc_lock+sys_rawio+sys_resource,memlock=8388608"
-UNDER_RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--proc", "--summary", "--caller", CALLER, "--")
+UNDER_RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--proc", "--caller", CALLER)
 ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 NO_RUN = re.compile(r"^iommufdctl: (no seccomp listener|not made for)")  # how `run` says that this host cannot
 GRACE = 5.0  # seconds: for the last output, and between SIGTERM and SIGKILL

@@ -43,7 +43,7 @@ AREA = Floor(
     floor=4,
     skips=frozenset({"area.domain.map"}),
     without_hugepages=frozenset({"area.domain.huge"}),
-    faults=False,
+    faults={},
 )
 
 
@@ -137,7 +137,7 @@ def test_failures_once_with_their_rounds() -> None:
 
 def test_what_passing_tests_print_is_shown() -> None:
     spoken = Result("a.b", Verdict.PASS, 0.1, "", ("daemon: bug",))
-    made = outcome(parsed(), tests=(spoken,), remarks=("17 ioctls", report_line(1)))
+    made = outcome(parsed(), tests=(spoken,), remarks=("17 ioctls",))
     assert report.printed(made) == ["     17 ioctls", "     a.b: daemon: bug"]
 
 
@@ -204,42 +204,53 @@ def test_a_file_that_is_no_floor(tmp_path: Path) -> None:
 
 # ---- faults ------------------------------------------------------------------------------------------------
 
-PASSED = [Result(f"basic_fail_nth.{name}", Verdict.PASS, 0.1, "", ()) for name in ("basic", "device")]
+SUMMARY = """\
+1..1
+#  RUN           basic_fail_nth.device ...
+ok 1 basic_fail_nth.device
+iommufd: 2900 ioctls in 0.1 s, 300 failed
+iommufd:       12 IOMMU_DESTROY, 3 failed
+iommufd:       11 faults injected at gate COPY_IN
+iommufd:        3 faults injected at gate FD
+"""
 
 
-def report_line(*fired: int) -> str:
-    return "iommufdctl: " + json.dumps(
-        {"fail_nth": [{"pid": 9, "met": {"PIN": 3}, "fired": {"PIN": n}} for n in fired]}
-    )
+def test_each_chain_is_counted_alone() -> None:
+    passed = Result("basic_fail_nth.device", Verdict.PASS, 0.1, "", ())
+    asked: list[str] = []
+
+    def alone(name: str) -> Outcome:
+        asked.append(name)
+        return outcome(parsed(SUMMARY))
+
+    chains = faults.sweep(outcome(parsed(), tests=(passed, *parsed().tests[1:])), alone)
+    assert asked == ["basic_fail_nth.device"]
+    assert chains == [faults.Chain("device", passed=True, fired={"COPY_IN": 11, "FD": 3})]
 
 
-def test_faults_by_chain() -> None:
-    chains = faults.reported(["other", report_line(2, 0)], PASSED)
-    assert chains is not None
-    assert [(chain.name, chain.fired, chain.missed) for chain in chains] == [
-        ("basic", {"PIN": 2}, []),
-        ("device", {"PIN": 0}, ["PIN"]),
+def test_the_table_of_faults() -> None:
+    chains = [
+        faults.Chain("basic", passed=True, fired={"FD": 1}),
+        faults.Chain("device", passed=True, fired={"PIN": 2}),
     ]
     assert [line.split() for line in faults.table(chains)] == [
-        ["chain", "PIN", "fired"],
-        ["basic", "2", "2"],
-        ["device", "0", "0"],
+        ["faults", "fired", "FD", "PIN", "all"],
+        ["basic", "1", "-", "1"],
+        ["device", "-", "2", "2"],
     ]
-
-
-def test_no_report_of_faults() -> None:
-    assert faults.reported(["{", '{"fail_nth": 3}', "fail_nth: {"], PASSED) is None
 
 
 def test_faults_in_the_floor() -> None:
-    fail_nth = outcome(parsed(), tests=tuple(PASSED), planned=2, program="iommufd_fail_nth")
-    floors = Floors(10, {"iommufd_fail_nth": AREA._replace(floor=2, faults=True)})
-    assert floor.judge(fail_nth, floors, hugepages=True).problems == ["run reported no faults"]
-    missed = fail_nth._replace(remarks=(report_line(2, 0),))
-    assert floor.judge(missed, floors, hugepages=True).problems == ["chain device: no fault fired at PIN"]
-    assert not floor.judge(fail_nth._replace(remarks=(report_line(2, 1),)), floors, hugepages=True).problems
-    short = fail_nth._replace(remarks=(report_line(2),))
-    assert floor.judge(short, floors, hugepages=True).problems == ["1 chains with faults, 2 tests"]
+    fail_nth = outcome(parsed(SUMMARY), program="iommufd_fail_nth")
+    required = {"device": frozenset({"FD", "PIN"}), "basic": frozenset({"PIN"})}
+    floors = Floors(10, {"iommufd_fail_nth": AREA._replace(floor=1, faults=required)})
+    chains = [faults.Chain("device", passed=False, fired={"FD": 1})]
+    assert floor.judge(fail_nth, floors, chains, hugepages=True).problems == [
+        "chain device does not pass alone",
+        "chain device: no fault fired at PIN",
+        "chain basic: no fault fired at PIN",
+    ]
+    assert floor.judge(fail_nth, floors, None, hugepages=True).problems == []
 
 
 # ---- running -----------------------------------------------------------------------------------------------

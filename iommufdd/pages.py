@@ -16,7 +16,7 @@ from .spans import UseCounts
 from .user import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Caller, File, Gate, Mm, PageFile, PageRun, Task, User
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Account(enum.Enum):
@@ -170,10 +170,19 @@ class Pages:
         at = first
         for run in runs:
             run.file.get()
-            run.file.pins.add(run.page, run.page + run.npages - 1)
-            self.pinned[at] = run
+            self._put_run(at, run)
             at += run.npages
         self.npinned += last - first + 1
+
+    def _put_run(self, index: int, run: PageRun) -> None:
+        assert self.pinned is not None
+        self.pinned[index] = run
+        pinners = run.file.pinners
+        pinners[self] = pinners.get(self, 0) + 1
+
+    def pinned_runs(self) -> Iterable[PageRun]:
+        """The pages pinned, in order."""
+        return self.pinned.values() if self.pinned is not None else ()
 
     def _unpin(self, first: int, last: int) -> None:
         assert self.pinned is not None
@@ -182,15 +191,18 @@ class Pages:
         hit = [pinned.peekitem(i) for i in range(at, pinned.bisect_right(last))]
         for index, run in hit:
             end = index + run.npages
-            lost = max(index, first), min(end - 1, last)
-            if lost[0] > lost[1]:
+            if end <= first:
                 continue
-            run.file.pins.remove(run.page + lost[0] - index, run.page + lost[1] - index)
             del pinned[index]
+            left = run.file.pinners[self] - 1
+            if left:
+                run.file.pinners[self] = left
+            else:
+                del run.file.pinners[self]
             for lo, hi in ((index, first), (last + 1, end)):
                 if lo < hi:
                     run.file.get()
-                    pinned[lo] = PageRun(run.file, run.page + lo - index, hi - lo)
+                    self._put_run(lo, PageRun(run.file, run.page + lo - index, hi - lo))
             run.file.put()
         self.npinned -= last - first + 1
 

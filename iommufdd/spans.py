@@ -6,7 +6,7 @@ index of a range is in use; `AreaTree` keeps many spans that never overlap.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from sortedcontainers import SortedDict
@@ -86,18 +86,23 @@ def _order(span: Span) -> tuple[int, int]:
 
 
 class UseCounts:
-    """How many users each index has, as steps: the count from one edge up to the next."""
+    """How many users each index has, as steps: the count from one edge up to the next; 0 outside."""
 
-    __slots__ = ("_steps",)
+    __slots__ = ("_counts", "_edges")
 
     def __init__(self) -> None:
-        self._steps: SortedDict[int, int] = SortedDict()
+        self._edges: list[int] = []
+        self._counts: list[int] = []
 
     def __bool__(self) -> bool:
-        return bool(self._steps)
+        return bool(self._edges)
 
     def add(self, first: int, last: int) -> list[tuple[int, int]]:
         """One user more for [first, last]; the stretches that had none before."""
+        if not self._edges:
+            self._edges += (first, last + 1)
+            self._counts += (1, 0)
+            return [(first, last)]
         return self._change(first, last, 1, 0)
 
     def remove(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -106,53 +111,56 @@ class UseCounts:
 
     def unused(self, first: int, last: int) -> list[tuple[int, int]]:
         """The stretches of [first, last] without any user."""
-        return self._change(first, last, 0, 0)
+        found: list[tuple[int, int]] = []
+        for lo, hi, count in self.counts(first, last):
+            if not count:
+                found.append((lo, hi))
+        return found
+
+    def steps(self) -> Iterator[tuple[int, int, int]]:
+        """All stretches with users: (first, last, count)."""
+        for at, count in enumerate(self._counts):
+            if count:
+                yield self._edges[at], self._edges[at + 1] - 1, count
 
     def counts(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """[first, last] in stretches of equal count: (from, to, count)."""
-        at = self._steps.bisect_right(first) - 1
-        count = self._steps.peekitem(at)[1] if at >= 0 else 0
-        for edge in list(self._steps.irange(first + 1, last)):
-            yield first, edge - 1, count
-            first, count = edge, self._steps[edge]
-        yield first, last, count
+        edges = self._edges
+        at = bisect_right(edges, first)
+        while at < len(edges) and edges[at] <= last:
+            yield first, edges[at] - 1, self._counts[at - 1] if at else 0
+            first = edges[at]
+            at += 1
+        yield first, last, self._counts[at - 1] if at else 0
 
     def _change(self, first: int, last: int, by: int, watch: int) -> list[tuple[int, int]]:
         """Add `by` to every index; the stretches whose count was `watch` before."""
-        steps = self._steps
-        if by:
-            self._cut(first)
-            self._cut(last + 1)
+        start, end = self._cut(first), self._cut(last + 1)
+        edges, counts = self._edges, self._counts
         found: list[tuple[int, int]] = []
-        before = steps.bisect_right(first) - 1
-        at, count = first, steps.peekitem(before)[1] if before >= 0 else 0
-        edges = list(steps.irange(first + 1, last)) if by == 0 else list(steps.irange(first, last))
-        for edge in [*edges, last + 1]:
-            if edge > at and count == watch:
-                if found and found[-1][1] == at - 1:
-                    found[-1] = (found[-1][0], edge - 1)
+        for at in range(start, end):
+            if counts[at] == watch:
+                if found and found[-1][1] == edges[at] - 1:
+                    found[-1] = (found[-1][0], edges[at + 1] - 1)
                 else:
-                    found.append((at, edge - 1))
-            at = edge
-            count = steps.get(edge, 0) if edge <= last else 0
-        if by:
-            for edge in edges:
-                steps[edge] += by
-            for edge in (*edges, last + 1):
-                self._join(edge)
+                    found.append((edges[at], edges[at + 1] - 1))
+            counts[at] += by
+        self._join(end)
+        self._join(start)
         return found
 
-    def _cut(self, at: int) -> None:
-        """Make `at` an edge."""
-        if at not in self._steps:
-            before = self._steps.bisect_left(at) - 1
-            self._steps[at] = self._steps.peekitem(before)[1] if before >= 0 else 0
+    def _cut(self, index: int) -> int:
+        """Make `index` an edge; its place."""
+        at = bisect_left(self._edges, index)
+        if at == len(self._edges) or self._edges[at] != index:
+            self._edges.insert(at, index)
+            self._counts.insert(at, self._counts[at - 1] if at else 0)
+        return at
 
-    def _join(self, edge: int) -> None:
+    def _join(self, at: int) -> None:
         """Drop an edge that separates equal counts."""
-        before = self._steps.bisect_left(edge) - 1
-        if self._steps.get(edge) == (self._steps.peekitem(before)[1] if before >= 0 else 0):
-            del self._steps[edge]
+        if self._counts[at] == (self._counts[at - 1] if at else 0):
+            del self._edges[at], self._counts[at]
 
 
 class HasSpan(Protocol):

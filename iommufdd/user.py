@@ -15,7 +15,7 @@ from .errors import EBADF, EFAULT, EINVAL, EMFILE, ENOENT, ENOMEM, IommufdError
 from .spans import UseCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -118,6 +118,12 @@ class File:
             self.on_change()
 
 
+class Pinner(Protocol):
+    """Something that has pinned pages: struct iopt_pages."""
+
+    def pinned_runs(self) -> Iterable[PageRun]: ...
+
+
 class PageFile(File):
     """A file made of pages: a memfd, the file behind a shared mapping, or the private pages of an mm.
 
@@ -128,9 +134,19 @@ class PageFile(File):
     compound = False  # hugetlb: the selftest cannot count references of such pages
 
     @functools.cached_property
+    def pinners(self) -> dict[Pinner, int]:
+        """Who has pinned pages of this file, in how many runs."""
+        return {}
+
+    @property
     def pins(self) -> UseCounts:
         """How often each page is pinned, by anyone: what the kernel has in the page's reference count."""
-        return UseCounts()
+        counts = UseCounts()
+        for pinner in self.pinners:
+            for run in pinner.pinned_runs():
+                if run.file is self:
+                    counts.add(run.page, run.page + run.npages - 1)
+        return counts
 
     def size(self) -> int:
         """Bytes now: it can shrink at any time unless sealed."""

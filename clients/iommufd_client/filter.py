@@ -54,7 +54,7 @@ def _lines(n: Syscalls, base: int, *, proc: bool) -> list[Line]:
     on_arg0 = [n.read, n.write, n.lseek, n.pread64, n.pwrite64, n.readv, n.writev, n.preadv, n.pwritev]
     on_arg0 += [n.preadv2, n.pwritev2, n.dup]
     labels = [(n.open, "open"), (n.openat, "openat"), (n.ioctl, "ioctl"), (n.mmap, "mmap"), (n.fcntl, "fcntl")]
-    labels += [(number, "arg0") for number in on_arg0] + [(n.openat2, "notify")]
+    labels += [(number, "arg0") for number in on_arg0] + [(n.openat2, "notify"), (n.capset, "notify")]
     return [
         _load(ARCH),
         Jump(JEQ, n.audit, "native"),

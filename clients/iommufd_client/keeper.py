@@ -24,17 +24,43 @@ SIGINFO = struct.Struct("<Iii116x")  # struct signalfd_siginfo: signo, errno, co
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST = 65_536
-OURS = ("/memfd:iommufd", "pipe:")
+OURS = "/memfd:iommufd"  # what /proc/PID/fd/N of the daemon's descriptors says
 PATHS = (b"/dev/iommu", b"/dev/vfio/vfio")
+PATIENCE = 30.0  # seconds for the daemon to say its last words
 EMPTY = bytes(seccomp.NOTIF.size)
+
+
+HELLO_REPLY = struct.Struct("<IHHI36x")  # struct iofd_hello_reply: magic, version, kind, error
+
+
+class RunError(RuntimeError):
+    """CMD was not started, or has nobody to serve it; the message says why."""
+
+
+def check_welcome(reply: bytes) -> None:
+    """The daemon's reply to the hello. RunError."""
+    if len(reply) != HELLO_REPLY.size:
+        raise RunError("the daemon closed the connection; its log says why")
+    number = HELLO_REPLY.unpack(reply)[3]
+    if number:
+        raise RunError(f"the daemon refuses: {os.strerror(number)}")
 
 
 class Keeper:
     """One run of CMD."""
 
     def __init__(
-        self, connection: socket.socket, listener: int, page: int, child: int, numbers: seccomp.Syscalls
+        self,
+        connection: socket.socket,
+        listener: int,
+        page: int,
+        child: int,
+        numbers: seccomp.Syscalls,
+        *,
+        welcome: bool,
     ) -> None:
+        """`welcome`: the reply to the hello is still to come."""
+        self.welcome = welcome
         self.connection = connection
         self.listener = listener
         self.page = mmap.mmap(page, seccomp.NOTIF_PAGE)
@@ -43,8 +69,8 @@ class Keeper:
         self.daemon_lives = True
         self._poll = select.poll()
 
-    def run(self) -> int:
-        """Until CMD has ended; its exit status."""
+    def run(self, *, last_words: bool) -> int:
+        """Until CMD has ended (and, for its last words, the daemon); CMD's exit status."""
         exited, signals = os.pidfd_open(self.child), _signalfd()
         poll = self._poll
         for fd in (exited, signals, self.connection.fileno()):
@@ -62,7 +88,7 @@ class Keeper:
         status = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         poll.unregister(exited)
         poll.unregister(signals)
-        self._outlive()
+        self._outlive(last_words=last_words)
         return status if status >= 0 else 128 - status
 
     def _forward(self, data: bytes) -> None:
@@ -76,7 +102,13 @@ class Keeper:
             text = self.connection.recv(LONGEST)
         except OSError:
             text = b""
-        if text:
+        if text and self.welcome:
+            self.welcome = False
+            try:
+                check_welcome(text)
+            except RunError as error:
+                sys.stderr.write(f"iommufdctl: {error}\n")
+        elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()
         elif self.daemon_lives:
@@ -86,12 +118,13 @@ class Keeper:
 
     # ---- after CMD ----
 
-    def _outlive(self) -> None:
+    def _outlive(self, *, last_words: bool) -> None:
         """If other processes are left: a copy of us stays for them, without a terminal or standard files."""
-        if self._processes_left() and os.fork():
-            return
         if not self._processes_left():
-            self._last_words()
+            if last_words:
+                self._last_words()
+            return
+        if os.fork():
             return
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
@@ -112,7 +145,7 @@ class Keeper:
 
     def _last_words(self) -> None:
         """The daemon hangs up when it has said all."""
-        self.connection.settimeout(10)
+        self.connection.settimeout(PATIENCE)
         while self.daemon_lives:
             self._listen()
 
@@ -154,7 +187,7 @@ class Keeper:
                 path = os.pread(memory.fileno(), 64, args[nr != numbers.open])
             return path.partition(b"\0")[0] in PATHS
         fd = args[4 if nr == numbers.mmap else 0] & 0xFFFF_FFFF
-        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith(OURS[0])
+        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith(OURS)
 
     def _send(self, notification: int, answer: int | None) -> None:
         flags = seccomp.SECCOMP_USER_NOTIF_FLAG_CONTINUE if answer is None else 0

@@ -21,23 +21,17 @@ from typing import NamedTuple
 from iommufd_uapi import seccomp
 
 from .filter import program
-from .keeper import Keeper
+from .keeper import Keeper, RunError, check_welcome
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SECCOMP_FILTER_FLAG_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
-# struct iofd_hello and what of its reply counts (iommufd_uapi.wire, which takes long to import)
-HELLO = struct.Struct("<IHHIIQQ32s32s")
-HELLO_REPLY = struct.Struct("<IHHI36x")
+HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
 EXPLAIN, SUMMARY, PROC = 1, 2, 4
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
-
-
-class RunError(RuntimeError):
-    """CMD was not started; the message says why."""
 
 
 class Options(NamedTuple):
@@ -67,13 +61,16 @@ def run(options: Options) -> int:
         try:
             listener = _receive_listener(ours, child)
             _hand_over(connection, options, listener, page, base)
+            if daemon is None:  # else CMD need not wait for it to start: its first call on /dev/iommu will
+                check_welcome(connection.recv(4096))
             ours.send(b"go")
         except BaseException:
             ours.close()
             os.waitpid(child, 0)
             raise
         ours.close()
-        return Keeper(connection, listener, page, child, numbers).run()
+        keeper = Keeper(connection, listener, page, child, numbers, welcome=daemon is not None)
+        return keeper.run(last_words=options.explain or options.summary)
     except BaseException:
         connection.close()
         if daemon is not None:
@@ -127,14 +124,8 @@ def _hand_over(connection: socket.socket, options: Options, listener: int, page:
     rights = array.array("i", [listener, page, *_debug_folder(options)])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        reply = connection.recv(4096)
     except OSError as error:
         raise RunError(f"the daemon went away: {error.strerror}") from None
-    if len(reply) != HELLO_REPLY.size:
-        raise RunError("the daemon closed the connection; its log says why")
-    number = HELLO_REPLY.unpack(reply)[3]
-    if number:
-        raise RunError(f"the daemon refuses: {os.strerror(number)}")
 
 
 def _debug_folder(options: Options) -> list[int]:

@@ -53,7 +53,9 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
     parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
-    parser.add_argument("--caller", type=_caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below")
+    parser.add_argument(
+        "--caller", type=_caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below"
+    )
     parser.add_argument(
         "--proc",
         action="store_true",

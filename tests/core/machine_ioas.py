@@ -34,7 +34,7 @@ from .machine import RESPOND, CoreMachine, bits, fault, flag, length, number, of
 if TYPE_CHECKING:
     from iommufd_uapi.layout import VfioIoctl
 
-MAX_PROCESSES = 4
+MAX_PROCESSES, MAX_CONTEXTS = 4, 4
 map_flags = st.sampled_from([7, 7, 7, 6, 6, 5, 3, 4, 2, 1, 0])
 
 
@@ -253,12 +253,18 @@ class IoasRules(CoreMachine):
 
     @rule(who=number, n=number)
     def close(self, who: int, n: int) -> None:
-        """Any descriptor but the last way to a context."""
+        """Any descriptor but a process's last of a context."""
         client = self.client(who)
         fds = list(client.fds.files)
         fd = fds[n % len(fds)]
-        if not isinstance(client.fds.fget(fd), Context):
+        file = client.fds.fget(fd)
+        if not isinstance(file, Context) or list(client.fds.files.values()).count(file) > 1:
             client.fds.close(fd)
+
+    @precondition(lambda self: len(self.world.contexts) < MAX_CONTEXTS)
+    @rule(who=number, container=flag)
+    def open_another(self, who: int, container: bool) -> None:
+        self.open(self.client(who).process, container=container)
 
     @rule(who=number, n=number)
     def dup(self, who: int, n: int) -> None:

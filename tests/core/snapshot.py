@@ -57,10 +57,7 @@ def difference(before: State, after: State, path: str = "") -> list[str]:
 
 def use_counts(counts: UseCounts | None) -> list[tuple[int, int, int]]:
     """(first, last, users) of every stretch that has users."""
-    if not counts:
-        return []
-    edges = list(counts._steps)
-    return [span for span in counts.counts(edges[0], edges[-1]) if span[2]]
+    return list(counts.steps()) if counts is not None else []
 
 
 class _Snapshot:

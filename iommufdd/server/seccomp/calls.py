@@ -62,6 +62,7 @@ class Calls:
             numbers.mmap: self.mmap,
             numbers.fcntl: self.fcntl,
             numbers.dup: self.dup,
+            numbers.capset: self.capset,
             **{number: self._on_file(call) for number, call in rw.table(numbers).items()},
         }
         self.handlers.pop(-1, None)
@@ -211,6 +212,15 @@ class Calls:
                 return -error.errno
 
         return handler
+
+    # ---- credentials ----
+
+    def capset(self, thread: Thread, args: list[int]) -> int:
+        """Virtual capabilities can be dropped: what is not in the effective set is."""
+        data = thread.caller.memory.read(args[1], 4)
+        if len(data) == 4:
+            thread.process.dropped = ~int.from_bytes(data, "little")
+        return CONTINUE
 
     # ---- copies ----
 

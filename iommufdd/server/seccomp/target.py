@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .proc import FailNth
     from .procmm import Clock
 
-_STATUS = re.compile(rb"^(Tgid|Uid|CapEff|NSpid):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE)  # first and last word
+_STATUS = re.compile(rb"^(Tgid|PPid|Uid|CapEff|NSpid):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE)  # first and last word
 
 
 class Origin(NamedTuple):
@@ -91,7 +91,11 @@ class ProcTask(Task):
         has = bool(self._caps >> bit & 1)
         if self._virtual.caps is None:
             return has
-        kept = has if self._origin.caps >> bit & 1 else self._real_uid == self._origin.uid
+        kept = (
+            has
+            if self._origin.caps >> bit & 1
+            else (self._real_uid == self._origin.uid and not self._process.dropped >> bit & 1)
+        )
         return name in self._virtual.caps and kept
 
     def _refresh(self) -> None:
@@ -115,6 +119,8 @@ class Process:
         try:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
             self.same_user_ns = _uid_map(str(tgid)) == _uid_map("self")
+            parent = supervisor.processes.get(int(self.status().get(b"PPid", b"0")))
+            self.dropped = 0 if parent is None else parent.dropped  # virtual capabilities that it gave up
             self.shares_mm = False
             self.mm = self._find_mm()
         except OSError:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .pages import Pages
 
 HPAGE_SIZE = 2 << 20
+KINDS = 64  # of searches whose progress is remembered
 
 
 class Area:
@@ -114,6 +115,8 @@ class IoPagetable:
             for hole_lo, hole_hi in self._holes(max(start, floor), hi):
                 iova = _fit(hole_lo, hole_hi, kind)
                 if iova is not None:
+                    if len(self._searched) >= KINDS:
+                        self._searched.clear()
                     self._searched[kind] = hole_lo + alignment - 1 & ~(alignment - 1)
                     return iova
         raise ENOSPC(f"no hole of {length:#x} bytes aligned to {alignment:#x}")
@@ -135,6 +138,16 @@ class IoPagetable:
             if not ends:
                 return
             at = max(ends) + 1
+
+    def _reopened(self, iova: int) -> None:
+        """An area at iova is gone: the hole that now holds it can be the first fit of any kind again."""
+        if not self._searched:
+            return
+        before = self.areas.before(iova)
+        hole = before.last + 1 if before is not None else 0
+        for kind, floor in self._searched.items():
+            if floor > hole:
+                self._searched[kind] = hole
 
     def check_iova(self, iova: int, length: int) -> None:
         """iopt_check_iova(): EINVAL misaligned or reserved, EOVERFLOW, EEXIST."""
@@ -258,7 +271,7 @@ class IoPagetable:
 
     def _remove_area(self, area: Area) -> None:
         self.areas.remove(area)
-        self._searched.clear()
+        self._reopened(area.iova)
         if area.filled:
             for domain in self.domains:
                 domain.unmapped(area.iova, area.last)

@@ -213,6 +213,11 @@ class AreaTree(Generic[A]):
                 return area
         return None
 
+    def before(self, iova: int) -> A | None:
+        """The area that starts last before iova."""
+        at = self._areas.bisect_left(iova)
+        return self._areas.peekitem(at - 1)[1] if at else None
+
     def next(self, area: A) -> A | None:
         """The area behind this one."""
         at = self._areas.bisect_right(area.iova)

@@ -42,19 +42,21 @@ class Plain(NamedTuple):
 Line = Jump | Plain | str  # a str is a label
 
 
-def program(numbers: Syscalls, base: int, *, proc: bool = False) -> bytes:
+def program(numbers: Syscalls, base: int, *, proc: bool = False, caps: bool = False) -> bytes:
     """The filter; `base` is the lowest number of our descriptors.
 
-    `proc` also notifies opens of folders, and of files with flags that are exactly 0, as fopen() has them.
+    `proc` also notifies opens of folders, and of files with flags that are exactly 0, as fopen() has them; `caps` capget and capset.
     """
-    return assemble(_lines(numbers, base, proc=proc))
+    return assemble(_lines(numbers, base, proc=proc, caps=caps))
 
 
-def _lines(n: Syscalls, base: int, *, proc: bool) -> list[Line]:
+def _lines(n: Syscalls, base: int, *, proc: bool, caps: bool) -> list[Line]:
     on_arg0 = [n.read, n.write, n.lseek, n.pread64, n.pwrite64, n.readv, n.writev, n.preadv, n.pwritev]
     on_arg0 += [n.preadv2, n.pwritev2, n.dup]
     labels = [(n.open, "open"), (n.openat, "openat"), (n.ioctl, "ioctl"), (n.mmap, "mmap"), (n.fcntl, "fcntl")]
-    labels += [(number, "arg0") for number in on_arg0] + [(n.openat2, "notify"), (n.capset, "notify")]
+    labels += [(number, "arg0") for number in on_arg0] + [(n.openat2, "notify")]
+    if caps:
+        labels += [(n.capget, "notify"), (n.capset, "notify")]
     return [
         _load(ARCH),
         Jump(JEQ, n.audit, "native"),

@@ -146,7 +146,7 @@ def _debug_folder(options: Options) -> list[int]:
 
 def _start(options: Options, numbers: seccomp.Syscalls, base: int) -> tuple[int, socket.socket]:
     """Fork CMD as far as its exec; (pid, the socket through which it sends its listener and waits)."""
-    code = program(numbers, base, proc=options.proc)
+    code = program(numbers, base, proc=options.proc, caps="caps=" in options.caller)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     sys.stdout.flush()

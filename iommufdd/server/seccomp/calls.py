@@ -12,7 +12,7 @@ from iommufdd.pages import Dmabuf
 from iommufdd.server.instance import OpenContext
 from iommufdd.user import Gate
 
-from . import rw
+from . import caps, rw
 from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
@@ -62,6 +62,7 @@ class Calls:
             numbers.mmap: self.mmap,
             numbers.fcntl: self.fcntl,
             numbers.dup: self.dup,
+            numbers.capget: self.capget,
             numbers.capset: self.capset,
             **{number: self._on_file(call) for number, call in rw.table(numbers).items()},
         }
@@ -215,12 +216,13 @@ class Calls:
 
     # ---- credentials ----
 
+    def capget(self, thread: Thread, args: list[int]) -> int:
+        answer = caps.capget(thread, args[0], args[1])
+        return CONTINUE if answer == caps.NOT_OURS else answer
+
     def capset(self, thread: Thread, args: list[int]) -> int:
-        """Virtual capabilities can be dropped: what is not in the effective set is."""
-        data = thread.caller.memory.read(args[1], 4)
-        if len(data) == 4:
-            thread.process.dropped = ~int.from_bytes(data, "little")
-        return CONTINUE
+        answer = caps.capset(thread, args[0], args[1])
+        return CONTINUE if answer == caps.NOT_OURS else answer
 
     # ---- copies ----
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .proc import FailNth
     from .procmm import Clock
 
-_STATUS = re.compile(rb"^(Tgid|PPid|Uid|CapEff|NSpid):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE)  # first and last word
+_STATUS = re.compile(
+    rb"^(Tgid|PPid|Uid|NSpid|CapEff|CapPrm|CapInh):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE
+)  # first and last word
 
 
 class Origin(NamedTuple):
@@ -177,6 +179,10 @@ class Process:
         if self.fail_nth is not None:
             self.fail_nth.close()
         self.mm.leave(self)
+
+    def uid(self) -> int:
+        """The real uid; -1 when it has ended."""
+        return int(self.status().get(b"Uid", b"-1"))
 
     def pid_inside(self) -> int:
         """Its number in its own pid namespace."""

@@ -11,8 +11,8 @@ from .user import PAGE_SIZE, ULONG_MAX, Caller, PageRun
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .io_pagetable import Area
     from .ioas import Ioas
+    from .iova import Area
 
 
 class Access(IommufdObject):

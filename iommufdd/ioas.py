@@ -16,7 +16,8 @@ from .errors import (
     EOVERFLOW,
     EPERM,
 )
-from .io_pagetable import IoPagetable, Piece
+from .io_pagetable import IoPagetable
+from .iova import Piece
 from .objects import IommufdObject, ObjectType
 from .pages import Account, Dmabuf, DmabufPages, FilePages, Pages, UserPages
 from .spans import AreaTree, Span, SpanSet

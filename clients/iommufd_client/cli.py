@@ -27,6 +27,7 @@ exit status:
   0 all is well; 1 it did not work: no daemon, or a check failed; 2 wrong usage
 
 examples:
+  iommufdctl run -- ./program           a program that sees a /dev/iommu
   iommufdctl demo                       a small VMM against a private daemon, in a second
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
@@ -110,7 +111,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "show"],
+        "commands": ["demo", "doctor", "ioctls", "run", "show"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }

@@ -90,7 +90,8 @@ def _fd_base(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .run import Options, RunError, run
+    from .keeper import RunError
+    from .run import Options, run
 
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:

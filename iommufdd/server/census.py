@@ -16,7 +16,6 @@ from .credentials import CAPABILITIES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iommufdd.mm import RegisteredMm
     from iommufdd.pages import Pages
 
     from .channel import Channel

@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all without one")
-    parser.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default 7")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs, not how fast")
     parser.add_argument("--list", action="store_true", help="list the benches and exit")

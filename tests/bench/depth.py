@@ -25,37 +25,35 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
         c = stack.enter_context(pinger())
         for place in placements(spin=False):
             path = stack.enter_context(daemon(place.cpu)).socket_path
-            raw = stack.enter_context(Raw(path))
-            iommufd = stack.enter_context(Iommufd(path))
             floor = Case(FLOOR, str(DEPTHS[0]), c.pair(place.cpu, plan.count(3_000)), place.name)
             found.append(floor)
             for depth in DEPTHS:
                 count = max(plan.count(12_000) // depth, 1)
                 aim = Aim(rate=AIM) if place.cpu == client_cpu() and depth == DEPTHS[-1] else None
-                made, batch = _made(raw, depth, count), _batch(iommufd, depth, count)
+                made, batch = _made(path, depth, count), _batch(path, depth, count)
                 found.append(Case("packets made beforehand", str(depth), made, place.name, floor, aim))
                 found.append(Case("batch() of the client", str(depth), batch, place.name, floor, aim))
         yield found
 
 
-def _made(raw: Raw, depth: int, count: int) -> Callable[[], float]:
+def _made(path: str, depth: int, count: int) -> Callable[[], float]:
     packet = request(option_get()) * depth
 
     def run() -> float:
-        seconds = timed(lambda: raw.trip(packet), count)
-        check(raw.results(raw.trip(packet)))
-        return seconds / depth
+        with Raw(path) as raw:
+            check(raw.results(raw.trip(packet)))
+            return timed(lambda: raw.trip(packet), count) / depth
 
     return run
 
 
-def _batch(iommufd: Iommufd, depth: int, count: int) -> Callable[[], float]:
+def _batch(path: str, depth: int, count: int) -> Callable[[], float]:
     structs = [option_get() for _ in range(depth)]
 
     def run() -> float:
-        seconds = timed(lambda: iommufd.batch(structs).send(), count)
-        check(iommufd.batch(structs).send())
-        return seconds / depth
+        with Iommufd(path) as iommufd:
+            check(iommufd.batch(structs).send())
+            return timed(lambda: iommufd.batch(structs).send(), count) / depth
 
     return run
 

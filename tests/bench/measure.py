@@ -97,7 +97,7 @@ class Figure:
 class Plan:
     """How much to measure, and who is told how far it is."""
 
-    rounds: int = 7
+    rounds: int = 5
     quick: bool = False  # tiny sizes: to see that everything runs
     say: Callable[[str], None] = lambda text: None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iommufd_client.iommufd import Iommufd
 
 from .measure import US, Aim, Bench, Case, Plan, client_cpu, server_cpu
-from .peers import OPTION_REPLY, Pinger, daemon, option_get, pinger, request, timed
+from .peers import OPTION_REPLY, Pinger, Raw, daemon, option_get, pinger, request, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,24 +43,39 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
         c = stack.enter_context(pinger())
         for place in placements():
             path = stack.enter_context(daemon(place.cpu, *place.options)).socket_path
-            iommufd = stack.enter_context(Iommufd(path))
-            found += _cases(plan, c, place, path, iommufd)
+            found += _cases(plan, c, place, path)
         yield found
 
 
-def _cases(plan: Plan, c: Pinger, place: Placement, path: str, iommufd: Iommufd) -> list[Case]:
+def _cases(plan: Plan, c: Pinger, place: Placement, path: str) -> list[Case]:
+    """Each with one client at a time, which is what most daemons have, but for the last."""
     count = plan.count(5_000 if place.cpu == client_cpu() else 1_500)
     floor = Case(FLOOR, place.name, c.pair(place.cpu, count))
+    call = c.call(path, count)
     return [
         floor,
-        Case("C client, daemon", place.name, c.call(path, count), base=floor, aim=place.aim),
-        Case("Python client, daemon", place.name, _python(iommufd, count), base=floor),
+        Case("C client, daemon", place.name, call, base=floor, aim=place.aim),
+        Case("Python client, daemon", place.name, _python(path, count), base=floor),
+        Case("C client, daemon with an idle one", place.name, _beside_another(path, call), base=floor),
     ]
 
 
-def _python(iommufd: Iommufd, count: int) -> Callable[[], float]:
+def _python(path: str, count: int) -> Callable[[], float]:
     struct = option_get()
-    return lambda: timed(lambda: iommufd.ioctl(struct), count)
+
+    def run() -> float:
+        with Iommufd(path) as iommufd:
+            return timed(lambda: iommufd.ioctl(struct), count)
+
+    return run
+
+
+def _beside_another(path: str, call: Callable[[], float]) -> Callable[[], float]:
+    def run() -> float:
+        with Raw(path):
+            return call()
+
+    return run
 
 
 BENCH = Bench(

@@ -28,7 +28,7 @@ class Registers(PageFile):
 
     pinnable = False
 
-    def __init__(self, vma: File, offset: int, data: bytearray) -> None:
+    def __init__(self, vma: File, offset: int, data: bytearray | memoryview) -> None:
         self.vma = vma
         self.offset = offset  # of the first byte, as a position in the iommufd
         self.data = data
@@ -95,8 +95,7 @@ class InProcess(Driver):
         if not isinstance(file, Context):
             raise fail(errno.ENODEV)
         vma = _call(lambda: file.mmap(self.callers[process], offset, length, prot, flags))
-        data: bytearray = vma.region.data  # type: ignore[attr-defined]
-        return Registers(vma, offset, data)
+        return Registers(vma, offset, vma.region.data)
 
     def pinned_kib(self, process: Process) -> tuple[int, int]:
         kib = PAGE_SIZE >> 10

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from iommufdd.access import Access
-from iommufdd.access_file import SelftestAccess
 from iommufdd.context import Context
 from iommufdd.device import IommufdDevice
 from iommufdd.eventq import EventqFile
@@ -15,6 +14,7 @@ from iommufdd.ioas import Ioas
 from iommufdd.iommu.mock import MockDevice
 from iommufdd.objects import Holder
 from iommufdd.pages import Account, Dmabuf, DmabufPages, FilePages, Pages
+from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import PAGE_SIZE, File
 from iommufdd.viommu import HwQueue, Viommu
 
@@ -23,7 +23,8 @@ from .snapshot import use_counts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from iommufdd.io_pagetable import Area, IoPagetable
+    from iommufdd.io_pagetable import IoPagetable
+    from iommufdd.iova import Area
     from iommufdd.user import PageFile
 
     from .world import World

@@ -20,11 +20,11 @@ from iommufd_uapi.vfio import (
     VfioIommuType1DmaUnmap,
     VfioIommuType1Info,
 )
-from iommufdd.access_file import SelftestAccess
 from iommufdd.context import Context
 from iommufdd.hw_pagetable import HwptPaging
 from iommufdd.ioas import Ioas
 from iommufdd.pages import Account
+from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import PAGE_SIZE, ULONG_MAX, PageFile
 
 from . import naive

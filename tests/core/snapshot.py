@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from iommufdd.access import Access
-from iommufdd.access_file import SelftestAccess
 from iommufdd.context import Context
 from iommufdd.device import IommufdDevice
 from iommufdd.eventq import EventqFile, Fault
@@ -16,6 +15,7 @@ from iommufdd.iommu.mock_viommu import MockViommu
 from iommufdd.mmap import Vma
 from iommufdd.pages import Dmabuf, DmabufPages, FilePages, Pages
 from iommufdd.selftest import SelftestObj
+from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import File
 from iommufdd.veventq import Veventq
 from iommufdd.viommu import HwQueue, Vdevice, Viommu

@@ -35,7 +35,7 @@ SITES: dict[str, dict[str, str]] = {
     "files.get_unused_fd": {"user.Caller.get_unused_fd": GATED},
     "objects.alloc": {
         "ucmd.Ucmd.alloc": "ObjectTable.alloc() passes it",
-        "access_file.SelftestAccess.__init__": "ObjectTable.alloc() passes it",
+        "selftest_access.SelftestAccess.__init__": "ObjectTable.alloc() passes it",
         "device.bind": "ObjectTable.alloc() passes it",
         "hw_pagetable.finish_nested": "ObjectTable.alloc() passes it",
         "hw_pagetable.paging_alloc": "ObjectTable.alloc() passes it",
@@ -52,14 +52,14 @@ SITES: dict[str, dict[str, str]] = {
     "mmaps.alloc": {"viommu.Viommu.alloc_mmap": GATED},
     "AttachHandle": {"attach._attach_hw": GATED, "attach._replace_hw": GATED},
     "Area": {"io_pagetable.IoPagetable._insert_areas": GATED, "io_pagetable.IoPagetable._split": GATED},
-    "reserved.add": {"io_pagetable.IoPagetable.reserve": GATED},
+    "reserved.add": {"iova.IovaSpace.reserve": GATED},
     "EventqFile": {"eventq.open_eventq": GATED},
     "mock.new_device": {"selftest._new_mock": GATED},
     "run.file.get": {"pages.Pages._pin": GATED, "pages.Pages._unpin": "splits a run that is held already"},
     "charge": {"change_process._charge_current": CALLER, "pages.Pages.update_pinned": CALLER},
     "self.update_pinned": {"pages.Pages.fill": GATED, "pages.Pages.unfill": "gives back"},
     "pages.update_pinned": {"change_process.ioas_change_process": GATED},
-    "dev.resv_regions": {"io_pagetable.IoPagetable.enforce_dev_resv_regions": GATED},
+    "dev.resv_regions": {"iova.IovaSpace.enforce_dev_resv_regions": GATED},
 }
 
 
@@ -114,7 +114,7 @@ def test_nobody_looks_an_id_up_past_the_gate() -> None:
         "ucmd.Ucmd.get",
         "ucmd.Ucmd.get_any",
         "attach._change_pt",
-        "selftest._access_replace_ioas",
+        "selftest_access.access_replace_ioas",
     }
     assert {name for name, passes in found.items() if not passes} == {"ioas._syz_conv_iova"}
 

@@ -9,10 +9,11 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
-from iommufdd.errors import EADDRINUSE, EEXIST, EINVAL, IommufdError
-from iommufdd.io_pagetable import Area, IoPagetable, Piece
+from iommufdd.errors import EADDRINUSE, EBUSY, EEXIST, EINVAL, IommufdError
+from iommufdd.io_pagetable import IoPagetable
 from iommufdd.ioas import Ioas
 from iommufdd.iommu.mock import MockPaging
+from iommufdd.iova import Area, Piece
 from iommufdd.pages import UserPages
 from iommufdd.spans import Span, SpanSet
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
@@ -347,6 +348,20 @@ def test_cuts_that_are_not_made() -> None:
     area.filled = True
     with pytest.raises(EINVAL):
         iopt.cut(c.caller, [0x10FFF])
+    area.prevent_access = True
+    with pytest.raises(EBUSY):
+        iopt.cut(c.caller, [0x10FFF])
+
+
+def test_memory_must_be_as_aligned_as_iova() -> None:
+    c = Client()
+    ioas = c.ioas_alloc()
+    c.mock_domain(ioas)
+    addr = c.process.buffer(2)
+    c.map(ioas, addr + 0x400, 0x800, APERTURE, expect=errno.EINVAL)
+    c.map(ioas, addr + 0x400, 0x800, expect=errno.EINVAL)
+    c.map(ioas, addr + 0x800, 0x800, APERTURE)
+    c.copy(ioas, ioas, APERTURE + 0x400, 0x400, APERTURE + 0x1000, expect=errno.EINVAL)
 
 
 def test_large_pages_cannot_be_given_up_once_they_may_be_in_use() -> None:

@@ -104,6 +104,45 @@ def test_a_source_of_copy_is_looked_at_before_the_destination() -> None:
     assert not difference(before, state(c.world))
 
 
+@pytest.mark.parametrize(
+    ("iova", "length", "expect"),
+    [
+        (ULONG_MAX, 1, errno.EOVERFLOW),
+        (0, ULONG_MAX - 1, 0),
+        (1, ULONG_MAX, errno.EOVERFLOW),
+        (0, 0, errno.EINVAL),
+        (3, ULONG_MAX - 1, errno.EOVERFLOW),
+        (0, ULONG_MAX, 0),
+    ],
+)
+def test_the_ranges_of_unmap(iova: int, length: int, expect: int) -> None:
+    """(0, all ones) is everything; any other all ones is too much."""
+    c = Client()
+    ioas = c.ioas_alloc()
+    c.map(ioas, c.process.buffer(1), PAGE_SIZE, 0x10000)
+    c.unmap(ioas, iova, length, expect)
+    c.unmap(ioas, 0x10000, PAGE_SIZE, errno.ENOENT if not expect else 0)
+
+
+def test_the_syzkaller_flag_names_an_area_by_its_number() -> None:
+    """{u32 nth, u32 offset}; 0 when there are fewer. Only in a kernel built for its selftest."""
+    c = Client()
+    src, dst = c.ioas_alloc(), c.ioas_alloc()
+    for n in range(2):
+        c.map(src, c.process.buffer(1), PAGE_SIZE, 0x10000 * (n + 1))
+    syz = test_uapi.MOCK_FLAGS_ACCESS_SYZ
+    c.copy(dst, src, 1 | 0x800 << 32, 0x800, 0, RW | syz)
+    c.copy(dst, src, 2, 0x800, 0x1000, RW | syz, errno.ENOENT)  # IOVA 0
+    c.copy(dst, 99, 0, 0x800, 0x1000, RW | syz, errno.ENOENT)
+    fd = c.access(src)
+    c.access_write(c.access(dst, pins=False), 0, b"second")
+    op = test_uapi.AccessRw(iova=1 | 0x800 << 32, length=6, uptr=DATA, flags=syz)
+    c.test(op, id=fd)
+    assert c.mm.read(DATA, 6) == b"second"
+    c.test(test_uapi.AccessPages(flags=syz, iova=1, length=PAGE_SIZE), id=fd)
+    check(c.world)
+
+
 def test_a_copy_outlives_its_source() -> None:
     c = Client()
     src, dst = c.ioas_alloc(), c.ioas_alloc()

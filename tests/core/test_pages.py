@@ -184,6 +184,19 @@ def test_read_only_pages_are_not_written() -> None:
         pages.rw(c.caller, 0, bytearray(1), write=True, slow=False)
 
 
+def test_memory_of_the_caller_that_is_gone() -> None:
+    c = Client()
+    pages, _ = user_pages(c, 2)
+    c.mm.unmap(pages.start + PAGE_SIZE, pages.start + 2 * PAGE_SIZE)
+    for slow in (False, True):
+        with pytest.raises(EFAULT):
+            pages.rw(c.caller, PAGE_SIZE - 2, bytearray(4), write=False, slow=slow)
+    file = FilePages(c.caller, c.world.memfd(1), 0, PAGE_SIZE, writable=False)
+    with pytest.raises(EPERM):
+        file.rw(c.caller, 0, bytearray(4), write=True, slow=False)
+    file.put()
+
+
 def test_the_caller_reads_what_is_mapped_now_and_the_slow_path_what_is_pinned() -> None:
     """quirk: iopt_pages_rw_access() of one's own mm ignores pins."""
     c = Client()

@@ -5,11 +5,12 @@ import errno
 import pytest
 
 import iommufd_uapi.iommufd as uapi
+import iommufd_uapi.iommufd_test as test_uapi
 from iommufd_uapi import vfio
 from iommufdd.ioas import Ioas
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
 
-from .harness import APERTURE, ARGUMENT, NOWHERE, Client
+from .harness import APERTURE, ARGUMENT, NOWHERE, OPS, Client
 from .invariants import check
 from .model import Bench
 from .snapshot import difference, state
@@ -86,6 +87,15 @@ def test_an_area_that_is_accessed_cannot_be_cut() -> None:
     before = state(c.world)
     c.unmap_dma(APERTURE + PAGE_SIZE, PAGE_SIZE, expect=errno.EINVAL)
     assert not difference(before, state(c.world))
+
+
+def test_a_dmabuf_cannot_be_cut() -> None:
+    c = Client()
+    ioas = compat(c, type1=True)
+    fd = c.result(test_uapi.TestCmd(op=OPS[test_uapi.DmabufGet], u=test_uapi.DmabufGet(SIZE).pack()))
+    c.map_file(ioas, fd, 0, SIZE, APERTURE)
+    c.unmap_dma(APERTURE + PAGE_SIZE, PAGE_SIZE, expect=errno.EOPNOTSUPP)
+    assert c.unmap_dma(APERTURE, SIZE) == SIZE
 
 
 def test_unmapping_nothing_and_everything() -> None:

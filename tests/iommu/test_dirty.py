@@ -36,8 +36,16 @@ def tables(draw: st.DrawFn) -> list[tuple[int, int]]:
     return entries
 
 
-iovas = st.integers(0, SPACE // GRANULE).map(lambda n: n * GRANULE)
-steps = st.lists(st.tuples(st.sampled_from(["write", "read", "peek", "forget"]), iovas, iovas), max_size=20)
+steps = st.lists(
+    st.tuples(st.sampled_from(["write", "write", "read", "peek", "forget"]), st.integers(0, 40), st.integers(0, 40)),
+    max_size=20,
+)
+
+
+def places(entries: list[tuple[int, int]]) -> list[int]:
+    """Where something begins or ends, and one granule beside it."""
+    edges = {edge for first, size in entries for edge in (first, first + size // 2, first + size)}
+    return sorted({0, *edges, *(max(edge - GRANULE, 0) for edge in edges), *(edge + GRANULE for edge in edges)})
 
 
 def domain_with(entries: list[tuple[int, int]]) -> tuple[MockPaging, DirtyBits]:
@@ -65,8 +73,10 @@ def recorded(first: int, size: int, iova: int, last: int) -> tuple[int, int] | N
 def test_against_the_walk(entries: list[tuple[int, int]], steps: list[tuple[str, int, int]]) -> None:
     _, bits = domain_with(entries)
     dirty: set[tuple[int, int]] = set()
+    where = places(entries)
     for what, one, other in steps:
-        iova, last = min(one, other), max(one, other) + GRANULE - 1
+        iova, last = sorted((where[one % len(where)], where[other % len(where)]))
+        last += GRANULE - 1
         hit = [entry for entry in entries if entry[0] <= last and entry[0] + entry[1] > iova]
         if what == "write":
             bits.set_dirty(iova)

@@ -107,36 +107,37 @@ def _main(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if args.reserve_hugepages:
             stack.enter_context(hugepages.reserved())
-        huge = hugepages.available()
-        if not huge:
+        if not hugepages.available():
             note(f"fewer than {hugepages.NEEDED} free huge pages of 2 MiB: the tests that need them are excepted")
             _check_exceptions(found, floors)
-        results = _run_all(args, folder, floors, hugepages=huge)
+        results = _run_all(args, folder, floors)
     for name in dict.fromkeys(result.outcome.program for result in results):
         print("\n".join(report.program([result for result in results if result.outcome.program == name])))
     bad = [result for result in results if result.failed]
     what = "floor reached" if not args.test else "passed"
     print(f"\n{'FAILED' if bad else what}: {len(results) - len(bad)} of {len(results)} runs")
     if args.json:
-        facts = {"linux": found.version, "hugepages": huge, "rounds": args.rounds, "passed": not bad}
+        facts = {"linux": found.version, "rounds": args.rounds, "passed": not bad}
         args.json.write_text(json.dumps(report.as_json(results, **facts), indent=1) + "\n")
     return 1 if bad else 0
 
 
-def _run_all(args: argparse.Namespace, folder: Path, floors: Floors, *, hugepages: bool) -> list[report.Round]:
+def _run_all(args: argparse.Namespace, folder: Path, floors: Floors) -> list[report.Round]:
     results = []
     for number in range(1, args.rounds + 1):
         for name in [args.program] if args.program else PROGRAMS:
             only = [test for test in args.test if test.startswith("basic_fail_nth.") == (name == faults.PROGRAM)]
             if args.test and not only:
                 continue
+            huge = hugepages.available()
             outcome = _run(args, folder / name, only, number)
+            huge = huge and hugepages.available()  # others may have taken them meanwhile
             chains = None
             if name == faults.PROGRAM and not args.bare:
                 alone = functools.partial(_alone, args, folder / name, number)
                 chains = faults.sweep(outcome, alone)
-            judgement = None if only else floor.judge(outcome, floors, chains, hugepages=hugepages)
-            results.append(report.Round(number, outcome, judgement, chains))
+            judgement = None if only else floor.judge(outcome, floors, chains, hugepages=huge)
+            results.append(report.Round(number, outcome, judgement, chains, hugepages=huge))
             note(report.summary(results[-1]))
     return results
 

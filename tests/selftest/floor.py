@@ -79,7 +79,7 @@ def judge(outcome: Outcome, floors: Floors, chains: Sequence[Chain] | None = Non
     good = len(outcome.tests) - len(failures) - len(skips - floor.skips)
     judgement = Judgement(good, sorted(excepted), sorted(skips - floor.skips), sorted(failures - excepted), [])
     judgement.problems.extend(_problems(outcome, floor, judgement))
-    if chains is not None:
+    if chains is not None and outcome.tests:
         judgement.problems.extend(faults.problems(chains, floor.faults))
     for test in outcome.tests:
         if test.seconds > floors.slowest:

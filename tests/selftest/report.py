@@ -28,6 +28,7 @@ class Round(NamedTuple):
     outcome: Outcome
     judgement: Judgement | None
     chains: list[Chain] | None = None
+    hugepages: bool = True  # before and after
 
     @property
     def failed(self) -> bool:
@@ -170,6 +171,7 @@ def _run(result: Round) -> dict[str, object]:
         "status": outcome.status,
         "seconds": round(outcome.seconds, 3),
         "planned": outcome.planned,
+        "hugepages": result.hugepages,
         **{verdict.value: number for verdict, number in counts(outcome.tests).items()},
         "judgement": None if result.judgement is None else result.judgement._asdict(),
         "faults": None if result.chains is None else [chain._asdict() for chain in result.chains],

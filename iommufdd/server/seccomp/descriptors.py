@@ -7,6 +7,7 @@ number is known before anything is installed, so that the reply is written first
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 from typing import TYPE_CHECKING
 
@@ -72,9 +73,9 @@ class TargetDescriptors:
 
         `lowest`: of all, for files whose read() and write() are the kernel's.
         """
-        limit: int = self.thread.process.nofile()
+        limit = self.thread.process.nofile()
         base = 0 if lowest else max(self.supervisor.base, least)
-        for fd in (*range(base, limit), *range(min(base, limit) - 1, -1, -1)):
+        for fd in itertools.chain(range(base, limit), range(min(base, limit) - 1, -1, -1)):
             if fd not in self._reserved and self._is_free(fd):
                 return fd
         raise EMFILE(f"all {limit} descriptor numbers are in use")

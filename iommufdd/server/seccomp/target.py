@@ -113,6 +113,8 @@ class ProcTask(Task):
 class Process:
     """A thread group. Its pidfd is in the reactor and tells when it has ended."""
 
+    dropped: int = 0  # virtual capabilities that it gave up, or its parent did before it
+
     def __init__(self, supervisor: Supervisor, tgid: int) -> None:
         """OSError when it is gone or may not be looked into."""
         self.supervisor = supervisor
@@ -122,7 +124,8 @@ class Process:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
             self.same_user_ns = _uid_map(str(tgid)) == _uid_map("self")
             parent = supervisor.processes.get(int(self.status().get(b"PPid", b"0")))
-            self.dropped = 0 if parent is None else parent.dropped  # virtual capabilities that it gave up
+            if parent is not None:
+                self.dropped = parent.dropped
             self.shares_mm = False
             self.mm = self._find_mm()
         except OSError:

@@ -1,0 +1,103 @@
+"""The seccomp filter: which system calls are notified, on either architecture, by an interpreter of classic BPF."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+
+from iommufd_client import filter as bpf
+from iommufd_uapi.seccomp import ARCHITECTURES, SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, Syscalls
+
+BASE = 900
+OURS, OTHER = BASE + 5, 3
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def numbers(request: pytest.FixtureRequest) -> Syscalls:
+    return ARCHITECTURES[request.param]
+
+
+def notified(code: bytes, numbers: Syscalls, nr: int, *args: int, arch: int | None = None) -> bool:
+    data = struct.pack("<iIQ6Q", nr, arch or numbers.audit, 0, *(args + (0,) * 6)[:6])
+    program = list(bpf.INSTRUCTION.iter_unpack(code))
+    at, value = 0, 0
+    while True:
+        op, yes, no, k = program[at]
+        at += 1
+        match op:
+            case bpf.LD_ABS:
+                value = int.from_bytes(data[k : k + 4], "little")
+            case bpf.ALU_AND:
+                value &= k
+            case bpf.ALU_RSH:
+                value >>= k
+            case bpf.JMP_JA:
+                at += k
+            case bpf.JEQ | bpf.JGE | bpf.JSET:
+                holds = {bpf.JEQ: value == k, bpf.JGE: value >= k, bpf.JSET: bool(value & k)}[op]
+                at += yes if holds else no
+            case bpf.RET:
+                assert k in (SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF)
+                return bool(k == SECCOMP_RET_USER_NOTIF)
+            case _:
+                raise AssertionError(f"{op:#x}")
+
+
+@pytest.mark.parametrize("name", ["read", "write", "lseek", "pread64", "pwrite64", "readv", "writev", "preadv2", "dup"])
+def test_calls_on_a_descriptor_count_from_the_base_on(numbers: Syscalls, name: str) -> None:
+    code, nr = bpf.program(numbers, BASE), getattr(numbers, name)
+    assert notified(code, numbers, nr, OURS)
+    assert notified(code, numbers, nr, BASE)
+    assert not notified(code, numbers, nr, BASE - 1)
+    assert not notified(code, numbers, nr, 2**32 - 1)  # -1
+    assert not notified(code, numbers, nr, 2**64 - 1)
+
+
+def test_ioctls_of_our_type_count_on_every_descriptor(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE)
+    assert notified(code, numbers, numbers.ioctl, OTHER, 0x3B81)
+    assert notified(code, numbers, numbers.ioctl, OTHER, 0xFFFF_FFFF_0000_3B81)  # the kernel takes 32 bits
+    assert notified(code, numbers, numbers.ioctl, OURS, 0x541B)
+    assert not notified(code, numbers, numbers.ioctl, OTHER, 0x541B)
+
+
+def test_opens_count_for_reading_and_writing(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE)
+    for flags in (os.O_RDWR, os.O_RDWR | os.O_CLOEXEC):
+        assert notified(code, numbers, numbers.openat, 0, 0, flags)
+        assert numbers.open < 0 or notified(code, numbers, numbers.open, 0, flags)
+    for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDONLY | os.O_DIRECTORY):
+        assert not notified(code, numbers, numbers.openat, 0, 0, flags)
+    assert notified(code, numbers, numbers.openat2, 0, 0, 0)
+
+
+def test_proc_adds_plain_opens_and_folders(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE, proc=True)
+    assert notified(code, numbers, numbers.openat, 0, 0, 0)
+    assert notified(code, numbers, numbers.openat, 0, 0, os.O_DIRECTORY | os.O_CLOEXEC)
+    assert not notified(code, numbers, numbers.openat, 0, 0, os.O_CLOEXEC)
+
+
+def test_mappings_and_copies(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE)
+    assert notified(code, numbers, numbers.mmap, 0, 4096, 3, 1, OURS, 0)
+    assert not notified(code, numbers, numbers.mmap, 0, 4096, 3, 1, OTHER, 0)
+    assert not notified(code, numbers, numbers.mmap, 0, 4096, 3, 0x22, OURS, 0)  # anonymous
+    assert notified(code, numbers, numbers.fcntl, OURS, 0)
+    assert notified(code, numbers, numbers.fcntl, OURS, 1030)
+    assert not notified(code, numbers, numbers.fcntl, OURS, 1)
+    assert not notified(code, numbers, numbers.fcntl, OTHER, 0)
+
+
+def test_capabilities_only_when_they_are_virtual(numbers: Syscalls) -> None:
+    for nr in (numbers.capget, numbers.capset):
+        assert not notified(bpf.program(numbers, BASE), numbers, nr)
+        assert notified(bpf.program(numbers, BASE, caps=True), numbers, nr)
+
+
+def test_another_architecture_is_left_alone(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE)
+    assert not notified(code, numbers, numbers.ioctl, OTHER, 0x3B81, arch=0x4000_0003)
+    assert not notified(code, numbers, numbers.ioctl | 0x4000_0000, OTHER, 0x3B81)

@@ -45,7 +45,8 @@ Line = Jump | Plain | str  # a str is a label
 def program(numbers: Syscalls, base: int, *, proc: bool = False, caps: bool = False) -> bytes:
     """The filter; `base` is the lowest number of our descriptors.
 
-    `proc` also notifies opens of folders, and of files with flags that are exactly 0, as fopen() has them; `caps` capget and capset.
+    `proc` also notifies opens of folders, and of files with flags that are exactly 0, as fopen() has them; `caps`
+    capget and capset.
     """
     return assemble(_lines(numbers, base, proc=proc, caps=caps))
 

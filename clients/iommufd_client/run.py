@@ -53,8 +53,9 @@ def run(options: Options) -> int:
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
     base = options.fd_base or _base()
-    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC)
+    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
+    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     connection, daemon = _connect(options) if options.socket_path else _spawn()
     try:
         child, ours = _start(options, numbers, base)

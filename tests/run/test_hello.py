@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_the_structs_of_the_keeper_are_those_of_the_wire() -> None:
     assert flags == (client.EXPLAIN, client.SUMMARY, client.PROC)
 
 
-def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", **fields: int) -> int:
+def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", **fields: Any) -> int:
     """The errno of the reply."""
     hello = wire.Hello(kind=wire.Kind.SUPERVISE, mm=base, **fields).pack()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -41,8 +42,9 @@ def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", *
 
 @pytest.fixture
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
-    page = os.memfd_create("page")
+    page = os.memfd_create("page", os.MFD_ALLOW_SEALING)
     os.ftruncate(page, 4096)
+    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     return [os.open(os.devnull, os.O_RDONLY), page]
 
 

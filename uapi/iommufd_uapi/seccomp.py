@@ -28,7 +28,7 @@ NOTIF = struct.Struct("<QIIIIQ6Q")  #: struct seccomp_notif: id, pid, flags, nr,
 NOTIF_RESP = struct.Struct("<QqiI")  #: struct seccomp_notif_resp: id, val, error, flags
 NOTIF_ADDFD = struct.Struct("<QIIII")  #: struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags
 
-NOTIF_PAGE = 4096  #: bytes of the file that shows the notification now in work, so that the keeper can answer it
+NOTIF_PAGE = 4096  #: bytes of the file that shows the id of the notification in work, so that the keeper can answer it
 
 
 class Syscalls(NamedTuple):

@@ -68,10 +68,6 @@ class Calls:
         }
         self.handlers.pop(-1, None)
 
-    def unreachable(self, nr: int, args: list[int], error: OSError) -> int:
-        """The caller cannot be looked into: its pid is not visible here, or the right is missing."""
-        return CONTINUE
-
     # ---- open ----
 
     def open(self, thread: Thread, args: list[int]) -> int:

@@ -61,7 +61,7 @@ class TargetDescriptors:
         if found is not None:
             return found.file
         try:
-            own = reopened(self.thread.folder, fd)
+            own = reopened(self.thread.folder, fd, cautious=self.supervisor.files.cautious)
         except OSError:
             return OtherFile()
         return self.supervisor.files.opened(own)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufd_uapi.wire import MAX_CALLER, SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY, HelloReply
-from iommufdd.errors import EBADF, EINVAL
+from iommufdd.errors import EBADF, EINVAL, IommufdError
 from iommufdd.server.credentials import OWN, Virtual, parse_virtual
 
 from .notify import Supervisor
@@ -30,15 +30,14 @@ def supervise(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Se
     if not LEAST_BASE <= hello.mm < 1 << 31:
         raise EINVAL(f"the base of descriptor numbers is {hello.mm}")
     server = channel.server
-    supervisor = Supervisor(
-        server,
-        server.instances.join(machine),
-        channel.peer,
-        os.dup(fds[0]),
-        fds[1],
-        int(hello.mm),
-        _virtual(text) or server.virtual,
-    )
+    virtual = _virtual(text) or server.virtual
+    listener = os.dup(fds[0])
+    try:
+        instance = server.instances.join(machine)
+        supervisor = Supervisor(server, instance, channel.peer, listener, fds[1], int(hello.mm), virtual)
+    except IommufdError:
+        os.close(listener)
+        raise
     supervisor.attach(channel, hello.flags)
     if len(fds) == 3:
         supervisor.debug_folder = os.dup(fds[2])

@@ -23,8 +23,9 @@ from iommufd_uapi.seccomp import (
     native,
 )
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY
-from iommufdd.errors import EINVAL
+from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
+from iommufdd.server.memory import get_seals
 
 from .calls import ANSWERED, CONTINUE, Calls
 from .procfile import TargetFiles
@@ -45,13 +46,15 @@ if TYPE_CHECKING:
 
 MANY_THREADS = 256
 EMPTY = bytes(NOTIF.size)
+NONE = bytes(8)
+GONE = {errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
 class Supervisor:
     """One tree of traced processes.
 
-    The notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper knows whom
-    to answer.
+    The id of the notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper
+    knows whom to answer. Nothing is ever read from there.
     """
 
     def __init__(
@@ -71,10 +74,11 @@ class Supervisor:
         self.virtual = virtual
         self.clock = Clock()
         self.watch = server.watch()
-        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours)
+        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
         self.processes: dict[int, Process] = {}
         self.threads: dict[int, Thread] = {}
         self.contexts: set[OpenContext] = set()
+        self._received = bytearray(NOTIF.size)
         self.current = 0  # the notification in work
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
@@ -83,16 +87,17 @@ class Supervisor:
         self.debug_folder = -1
         self.proc = False
         self._ending = False
+        self._said_unreachable = False
         self._calls = Calls(self, numbers)
         try:
-            self._page = mmap.mmap(page, NOTIF_PAGE)
-            self._receive_can_be_waited_for()
+            self._check_listener()
+            self._page = _shared_page(page)
         except (OSError, ValueError) as error:
             raise EINVAL(f"no seccomp listener, or no page for it: {error}") from None
         self.reactor.register(listener, self, select.EPOLLIN)
         server.supervisors.add(self)
 
-    def _receive_can_be_waited_for(self) -> None:
+    def _check_listener(self) -> None:
         """OSError unless this is a listener. Wakes the target on our CPU, where the kernel can (Linux 6.6)."""
         try:
             fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, bytearray(8))
@@ -159,13 +164,14 @@ class Supervisor:
             self._end()
 
     def _turn(self) -> None:
-        page = self._page
-        page[: NOTIF.size] = EMPTY
+        page, received = self._page, self._received
+        received[:] = EMPTY
         try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, page)
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, received)
         except OSError:
             return  # ENOENT: the caller was killed meanwhile
-        self.current, tid, _, nr, _, _, *args = NOTIF.unpack_from(page)
+        page[:8] = received[:8]
+        self.current, tid, _, nr, _, _, *args = NOTIF.unpack(received)
         self.clock.now += 1
         if self.watch.pending.poll(0):
             self._drain()
@@ -178,7 +184,7 @@ class Supervisor:
             self.files.end()
         if answer is not ANSWERED:
             self.send(answer)
-        page[:8] = EMPTY[:8]
+        page[:8] = NONE
 
     def _drain(self) -> None:
         """Close what was closed before now."""
@@ -214,10 +220,20 @@ class Supervisor:
             except StaleError:
                 self._forget_thread(tid)
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM):
+                if error.errno not in GONE:
                     raise
-                return self._calls.unreachable(nr, args, error)
+                self._unreachable(tid, os.strerror(error.errno or 0))
+                return CONTINUE
+            except EMFILE as error:
+                self._unreachable(tid, error.reason)
+                return CONTINUE
         return CONTINUE
+
+    def _unreachable(self, tid: int, why: str) -> None:
+        """The caller's number is not visible here, or the right to look into it is missing: said once."""
+        if self.report is not None and self.report.explain and not self._said_unreachable:
+            self._said_unreachable = True
+            self.report.say(f"pid {tid} cannot be looked into ({why}): it sees no /dev/iommu")
 
     def _with_faults(self, fail_nth: FailNth, handler: Handler, thread: Thread, args: list[int]) -> int:
         """The process may have asked for the nth acquisition to fail."""
@@ -256,13 +272,16 @@ class Supervisor:
         if process is not None and process.ended:
             self.forget_process(process)
             process = None
+        known = process is not None
         if process is None:
             process = self.processes[tgid] = Process(self, tgid)
         else:
             process.renew()
         thread = Thread(process, tid)
-        if not self.valid():
+        if not self.valid():  # what was opened may be another's, who has the number now
             thread.close()
+            if not known:
+                self.forget_process(process)
             raise ProcessLookupError(errno.ESRCH, "killed meanwhile")
         self.threads[tid] = thread
         if len(self.threads) > MANY_THREADS:
@@ -302,6 +321,14 @@ class Supervisor:
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return any(key[:2] == inode for key in self.watch.by_key)
+
+
+def _shared_page(fd: int) -> mmap.mmap:
+    """OSError, ValueError; also for a file that could be cut under us, which would raise SIGBUS."""
+    seals = get_seals(fd)
+    if seals is None or not seals & fcntl.F_SEAL_SHRINK or os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:
+        raise ValueError("the page is no memfd sealed with F_SEAL_SHRINK")
+    return mmap.mmap(fd, NOTIF_PAGE)
 
 
 def _origin(peer: Peer) -> Origin:

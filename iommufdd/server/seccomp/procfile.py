@@ -7,7 +7,9 @@ pages are reached through any mm that maps them, as long as there is one.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
 import weakref
 from typing import TYPE_CHECKING
 
@@ -23,14 +25,16 @@ if TYPE_CHECKING:
     from iommufdd.server.memory import PageFiles
 
 Inode = tuple[int, int]
+Key = tuple[int, int, bool]  # and whether it may be written
 
 
 class TargetFile(PageFile):
     """A file with pages; `refs` counts pins and mappings of it, and it is open while there are any."""
 
-    def __init__(self, files: TargetFiles, inode: Inode) -> None:
+    def __init__(self, files: TargetFiles, key: Key) -> None:
         self.files = files
-        self.inode = inode
+        self.inode = key[:2]
+        self.writable = key[2]
         self.refs = 0
         self.mm: ProcMm | None = None  # where it was last seen
         self.vma: Vma | None = None
@@ -103,6 +107,7 @@ class TargetFile(PageFile):
                 if (status.st_dev, status.st_ino) == self.inode:
                     file = self.files.page_files.open(fd, self.files.uid)
                     if isinstance(file, PageFile):
+                        self.compound = self.compound or file.compound
                         return file
             except (IommufdError, OSError):
                 pass
@@ -117,7 +122,7 @@ class TargetFile(PageFile):
         if self.mm is None or self.vma is None:
             return
         folder, vma = f"/proc/{self.mm.pid}", self.vma
-        yield from _opened(f"{folder}/map_files/{vma.start:x}-{vma.end:x}")
+        yield from self._opened(f"{folder}/map_files/{vma.start:x}-{vma.end:x}")
         try:
             numbers = os.listdir(f"{folder}/fd")
         except OSError:
@@ -129,7 +134,15 @@ class TargetFile(PageFile):
             except OSError:
                 continue
             if (status.st_dev, status.st_ino) == self.inode:
-                yield from _opened(path)
+                yield from self._opened(path)
+
+    def _opened(self, path: str) -> Iterator[int]:
+        for mode in (os.O_RDWR, os.O_RDONLY) if self.writable else (os.O_RDONLY,):
+            try:
+                yield os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            except OSError:
+                continue
+            return
 
     def _places(self, pos: int, rights: int = 0) -> Iterator[tuple[ProcMm, int, int]]:
         """(mm, address, bytes from there on) wherever a live mm maps byte pos."""
@@ -152,39 +165,36 @@ class TargetFile(PageFile):
         yield from mm.vmas()
 
 
-def _opened(path: str) -> Iterator[int]:
-    for mode in (os.O_RDWR, os.O_RDONLY):
-        try:
-            yield os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError:
-            continue
-        return
-
-
 class TargetFiles:
-    """Every file that something knows, and all address spaces: one of a supervisor."""
+    """Every file that something knows, and all address spaces: one of a supervisor.
+
+    `cautious`: the daemon may open more than the processes may. A file is then written only where they could; what is
+    mapped read-only counts as another file than what is mapped for writing.
+    """
 
     procmap_query = True  # the kernel has it
 
-    def __init__(self, page_files: PageFiles, uid: int, is_ours: Callable[[Inode], bool]) -> None:
+    def __init__(self, page_files: PageFiles, uid: int, is_ours: Callable[[Inode], bool], *, cautious: bool) -> None:
+        self.cautious = cautious
         self.page_files = page_files
         self.uid = uid
         self.mms: set[ProcMm] = set()
         self.offered: list[TargetFile] = []
         self._is_ours = is_ours
-        self._by_inode: weakref.WeakValueDictionary[Inode, TargetFile] = weakref.WeakValueDictionary()
+        self._by_key: weakref.WeakValueDictionary[Key, TargetFile] = weakref.WeakValueDictionary()
 
-    def _file(self, inode: Inode) -> TargetFile:
-        file = self._by_inode.get(inode)
+    def _file(self, dev: int, ino: int, *, writable: bool) -> TargetFile:
+        key = dev, ino, writable or not self.cautious
+        file = self._by_key.get(key)
         if file is None:
-            file = self._by_inode[inode] = TargetFile(self, inode)
+            file = self._by_key[key] = TargetFile(self, key)
         return file
 
     def mapped(self, mm: ProcMm, vma: Vma, *, write: bool) -> TargetFile | None:
         """The file behind a shared VMA; None for the registers of a vIOMMU, which have no pages."""
         if self._is_ours((vma.dev, vma.ino)):
             return None
-        file = self._file((vma.dev, vma.ino))
+        file = self._file(vma.dev, vma.ino, writable=bool(vma.flags & WRITABLE))
         file.seen(mm, vma)
         return file
 
@@ -194,7 +204,8 @@ class TargetFiles:
             os.close(fd)
             return OtherFile()
         status = os.fstat(fd)
-        file = self._file((status.st_dev, status.st_ino))
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        file = self._file(status.st_dev, status.st_ino, writable=writable)
         file.offer(fd)
         return file
 
@@ -205,9 +216,13 @@ class TargetFiles:
         self.offered.clear()
 
 
-def reopened(folder: int, number: int) -> int:
-    """A descriptor of our own on the file behind /proc/TID/fd/N, writable if it can be. OSError."""
-    for mode in (os.O_RDWR, os.O_RDONLY):
+def reopened(folder: int, number: int, *, cautious: bool) -> int:
+    """A descriptor of our own on the file behind /proc/TID/fd/N, writable if it can be. OSError.
+
+    `cautious`: not more writable than the process's, which the mode of the link tells.
+    """
+    rights = os.stat(str(number), dir_fd=folder, follow_symlinks=False).st_mode
+    for mode in (os.O_RDWR, os.O_RDONLY) if rights & stat.S_IWUSR or not cautious else (os.O_RDONLY,):
         try:
             return os.open(str(number), mode | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
         except PermissionError:

@@ -61,11 +61,6 @@ class Report:
                 self.say(f"pid {thread.tid}: {name} = {why} {fields_of(cmd, data)}")
         return rc
 
-    def failed(self, thread: Thread, what: str, error: int, reason: str) -> None:
-        """Another call that failed."""
-        if self.explain:
-            self.say(f"pid {thread.tid}: {what} = {_errno(error)}: {reason}")
-
     def closed(self, ctx: Context) -> None:
         """The last descriptor of a context is closed: what is in it now was never destroyed."""
         left = [obj.type.name for obj in ctx.objects]

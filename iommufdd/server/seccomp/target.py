@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .proc import FailNth
     from .procmm import Clock
 
+MEMLOCK = b"Max locked memory"
+DESCRIPTORS = 4  # that a process costs: pidfd, status, mem, maps
 _STATUS = re.compile(
     rb"^(Tgid|PPid|Uid|NSpid|CapEff|CapPrm|CapInh):\s*(\S+)(?:.*\s(\S+))?$", re.MULTILINE
 )  # first and last word
@@ -42,7 +44,7 @@ class Origin(NamedTuple):
         """OSError"""
         with open(f"/proc/{pid}/status", "rb") as file:
             found = _status_words(file.read())
-        memlock = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)[0]
+        memlock = _limit(pid, resource.RLIMIT_MEMLOCK, MEMLOCK, DEFAULT_MEMLOCK)
         return cls(int(found.get(b"Uid", b"-1")), int(found.get(b"CapEff", b"0"), 16), memlock)
 
 
@@ -116,9 +118,22 @@ class Process:
     dropped: int = 0  # virtual capabilities that it gave up, or its parent did before it
 
     def __init__(self, supervisor: Supervisor, tgid: int) -> None:
-        """OSError when it is gone or may not be looked into."""
+        """OSError when it is gone or may not be looked into; EMFILE."""
         self.supervisor = supervisor
         self.tgid = tgid
+        self._nofile = supervisor.server.nofile
+        self._nofile.charge(supervisor.uid, DESCRIPTORS)
+        try:
+            self._open(supervisor, tgid)
+        except OSError:
+            self._nofile.uncharge(supervisor.uid, DESCRIPTORS)
+            raise
+        self.gate = FaultGate()
+        self.fail_nth: FailNth | None = None
+        self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
+        supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
+
+    def _open(self, supervisor: Supervisor, tgid: int) -> None:
         self.pidfd = os.pidfd_open(tgid)
         try:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -131,10 +146,6 @@ class Process:
         except OSError:
             os.close(self.pidfd)
             raise
-        self.gate = FaultGate()
-        self.fail_nth: FailNth | None = None
-        self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
-        supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
     def _find_mm(self) -> ProcMm:
         """The mm of a process that shares one (vfork), or its own."""
@@ -179,6 +190,7 @@ class Process:
         self.supervisor.reactor.unregister(self.pidfd)
         os.close(self.pidfd)
         os.close(self._status)
+        self._nofile.uncharge(self.supervisor.uid, DESCRIPTORS)
         if self.fail_nth is not None:
             self.fail_nth.close()
         self.mm.leave(self)
@@ -200,38 +212,36 @@ class Process:
 
     def memlock(self) -> int:
         """RLIMIT_MEMLOCK in bytes, or RLIM_INFINITY."""
-        return self._limit(resource.RLIMIT_MEMLOCK, b"Max locked memory", DEFAULT_MEMLOCK)
+        if self.ended:
+            return DEFAULT_MEMLOCK
+        return _limit(self.tgid, resource.RLIMIT_MEMLOCK, MEMLOCK, DEFAULT_MEMLOCK)
 
     def nofile(self) -> int:
         """RLIMIT_NOFILE."""
-        soft = self._limit(resource.RLIMIT_NOFILE, b"Max open files", 1024)
+        soft = _limit(self.tgid, resource.RLIMIT_NOFILE, b"Max open files", 1024)
         return 1 << 20 if soft == resource.RLIM_INFINITY else soft
-
-    def _limit(self, which: int, name: bytes, unknown: int) -> int:
-        """A soft limit. prlimit() wants CAP_SYS_RESOURCE over another user's process, the text wants nothing."""
-        try:
-            if self.ended:
-                return unknown
-            return resource.prlimit(self.tgid, which)[0]
-        except PermissionError:
-            return _limit_in_text(self.tgid, name, unknown)
-        except OSError:
-            return unknown
 
 
 class Thread:
     """A task that has made a trapped call: its descriptor table, and who calls."""
 
     def __init__(self, process: Process, tid: int) -> None:
-        """OSError when it is gone."""
+        """OSError when it is gone; EMFILE."""
         self.process = process
         self.tid = tid
-        self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._nofile, self._uid = process.supervisor.server.nofile, process.supervisor.uid
+        self._nofile.charge(self._uid)
+        try:
+            self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            self._nofile.uncharge(self._uid)
+            raise
         self.files = TargetDescriptors(process.supervisor, self)
         self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
 
     def close(self) -> None:
         os.close(self.folder)
+        self._nofile.uncharge(self._uid)
 
 
 class CallerMemory:
@@ -261,6 +271,16 @@ def tgid_of(tid: int) -> int:
 def _uid_map(pid: str) -> str:
     with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
         return file.read()
+
+
+def _limit(tgid: int, which: int, name: bytes, unknown: int) -> int:
+    """A soft limit. prlimit() wants CAP_SYS_RESOURCE over another user's process, the text wants nothing."""
+    try:
+        return resource.prlimit(tgid, which)[0]
+    except PermissionError:
+        return _limit_in_text(tgid, name, unknown)
+    except OSError:
+        return unknown
 
 
 def _limit_in_text(tgid: int, name: bytes, unknown: int) -> int:

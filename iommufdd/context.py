@@ -112,7 +112,8 @@ class Context(File):
         if op is None:
             return self._unknown(caller, cmd, uptr)
         gate, size = caller.gate, op.size
-        gate(_COPY_IN)
+        if gate.watching:
+            gate(_COPY_IN)
         data = caller.memory.read(uptr, size)  # the size word and, nearly always, the whole struct
         if len(data) < 4:
             raise EFAULT(f"memory at {uptr + len(data):#x} cannot be read")
@@ -120,7 +121,8 @@ class Context(File):
         if user_size < op.min_size:
             raise EINVAL(f"size is {user_size}, at least {op.min_size} is needed")
         if user_size == size == len(data):
-            gate(_COPY_IN)
+            if gate.watching:
+                gate(_COPY_IN)
         else:
             data = copy_struct_from_user(caller, uptr, user_size, size)
         ucmd = Ucmd(self, caller, uptr, user_size, data)

@@ -40,6 +40,7 @@ O_DIRECTORY = os.O_DIRECTORY
 F_DUPFD_CLOEXEC = 1030
 GENERIC_IOCTLS = {0x5450, 0x5451, 0x5421, 0x5452, 0x5460}  # FIONCLEX, FIOCLEX, FIONBIO, FIOASYNC, FIOQSIZE
 DESTROY = 0x3B80
+MANY_MAPS = 64  # of registers, before those that are gone are looked for
 
 
 def _int(value: int) -> int:
@@ -196,6 +197,8 @@ class Calls:
             vma.put()
             return -errno.ENOMEM
         found.maps.append(vma)
+        if len(found.maps) > MANY_MAPS:
+            drop_unmapped(found)
         return CONTINUE  # the registers lie at the same offset of the descriptor's own file
 
     def _on_file(self, call: rw.OnFile) -> Handler:

@@ -78,6 +78,7 @@ class Supervisor:
         self.processes: dict[int, Process] = {}
         self.threads: dict[int, Thread] = {}
         self.contexts: set[OpenContext] = set()
+        self._euid = os.geteuid()  # whose our memfds are
         self._received = bytearray(NOTIF.size)
         self.current = 0  # the notification in work
         self.second_look = 0  # the notification whose caller was looked up anew
@@ -320,7 +321,7 @@ class Supervisor:
         return pipe if pipe is not None and pipe.file is not None else None
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
-        return any(key[:2] == inode for key in self.watch.by_key)
+        return (*inode, self._euid) in self.watch.by_key
 
 
 def _shared_page(fd: int) -> mmap.mmap:

@@ -196,9 +196,9 @@ class Calls:
         except OSError:
             vma.put()
             return -errno.ENOMEM
-        found.maps.append(vma)
         if len(found.maps) > MANY_MAPS:
             drop_unmapped(found)
+        found.maps.append(vma)
         return CONTINUE  # the registers lie at the same offset of the descriptor's own file
 
     def _on_file(self, call: rw.OnFile) -> Handler:

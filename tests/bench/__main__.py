@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import depth, dirty, mapping, replay, roundtrip, startup
+from . import depth, dirty, mapping, replay, roundtrip, startup, supervised
 from .measure import Plan, Unavailable, measure
 from .table import as_json, progress, table
 
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 BENCHES: dict[str, Bench] = {
     bench.name: bench
-    for bench in (roundtrip.BENCH, depth.BENCH, mapping.BENCH, dirty.BENCH, replay.BENCH, startup.BENCH)
+    for bench in (
+        roundtrip.BENCH,
+        depth.BENCH,
+        mapping.BENCH,
+        dirty.BENCH,
+        replay.BENCH,
+        startup.BENCH,
+        supervised.BENCH,
+    )
 }
 
 EPILOG = """\

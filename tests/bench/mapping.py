@@ -52,11 +52,11 @@ def str_of(size: int) -> str:
 
 @contextmanager
 def cases(plan: Plan) -> Iterator[list[Case]]:
-    gc.freeze()  # as the daemon does
     sizes = plan.sizes(1_000, 100_000, 1_000_000)
     with ExitStack() as stack:
+        gc.freeze()  # as the daemon does
+        stack.callback(gc.unfreeze)
         yield [*_in_process(plan, sizes), *_over_socket(plan, sizes, stack)]
-    gc.unfreeze()
 
 
 def _fixed(rows: Rows, areas: Areas, *, shuffled: bool) -> None:

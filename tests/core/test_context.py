@@ -5,6 +5,7 @@ import errno
 import pytest
 
 import iommufd_uapi.iommufd as uapi
+from iommufd_uapi.layout import Ioctl
 from iommufdd.context import IOCTL_OPS
 
 from .harness import ARGUMENT, NOWHERE, Client
@@ -27,6 +28,47 @@ def test_numbers_that_nearly_are_ioctls(cmd: int) -> None:
 @pytest.mark.parametrize("cmd", [0, 0x3B00, 0x3B7F, 0x3BA1, 0x5401])
 def test_numbers_of_nobody_do_not_look_at_memory(cmd: int) -> None:
     assert Client().rc(cmd, NOWHERE) == -errno.ENOTTY
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        uapi.IoasAlloc(flags=1),
+        uapi.IoasAllowIovas(ioas_id=99, reserved=1),
+        uapi.IoasIovaRanges(ioas_id=99, reserved=1),
+        uapi.VfioIoas(ioas_id=99, op=1, reserved=1),
+        uapi.HwptAlloc(dev_id=99, reserved=1),
+        uapi.HwInfo(dev_id=99, flags=2),
+        uapi.HwInfo(dev_id=99, reserved=b"\0\0\1"),
+        uapi.FaultAlloc(flags=1),
+        uapi.ViommuAlloc(dev_id=99, type=1, flags=1),
+        uapi.ViommuAlloc(dev_id=99, type=0),
+        uapi.VeventqAlloc(viommu_id=99, type=1, veventq_depth=1, flags=1),
+        uapi.VeventqAlloc(viommu_id=99, type=1, veventq_depth=1, reserved=1),
+        uapi.VeventqAlloc(viommu_id=99, type=0, veventq_depth=1),
+        uapi.HwQueueAlloc(viommu_id=99, type=1, length=1, flags=1),
+    ],
+    ids=str,
+)
+def test_what_is_not_known_comes_before_what_is_not_there(arg: Ioctl) -> None:
+    c = Client()
+    before = state(c.world)
+    c.ioctl(arg, errno.EOPNOTSUPP)
+    assert not difference(before, state(c.world))
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        uapi.HwptSetDirtyTracking(hwpt_id=99, reserved=1),
+        uapi.ViommuAlloc(dev_id=99, type=1, reserved=1),
+        uapi.HwptAlloc(dev_id=99, reserved2=1),
+    ],
+    ids=str,
+)
+def test_fields_that_nobody_looks_at(arg: Ioctl) -> None:
+    """quirk: so a client can leave anything there."""
+    Client().ioctl(arg, errno.ENOENT)
 
 
 def test_reasons_are_those_of_the_last_call() -> None:

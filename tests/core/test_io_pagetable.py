@@ -1,140 +1,25 @@
-"""IOVA: where automatic mappings go, what may lie where, what unmapping and cutting leave (io_pagetable.c)."""
+"""What may lie where in an IOAS, what unmapping and cutting leave, and what a domain has (io_pagetable.c)."""
 
 import errno
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
-from iommufdd.errors import EADDRINUSE, EBUSY, EEXIST, EINVAL, IommufdError
+from iommufdd.errors import EBUSY, EEXIST, EINVAL
 from iommufdd.io_pagetable import IoPagetable
 from iommufdd.ioas import Ioas
 from iommufdd.iommu.mock import MockPaging
-from iommufdd.iova import Area, Piece
+from iommufdd.iova import Piece
 from iommufdd.pages import UserPages
-from iommufdd.spans import Span, SpanSet
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
 
-from . import naive
 from .harness import APERTURE, READ, RW, WRITE, Client
 from .invariants import check
 from .model import Bench, ModelDomain, ModelIommu
 from .snapshot import difference, state
-
-KIB = 1024
-MIB = 1 << 20
-small = st.integers(0, 64).map(lambda n: n * KIB)
-edge = st.sampled_from([0, 1, PAGE_SIZE, ULONG_MAX - PAGE_SIZE, ULONG_MAX - 2 * MIB, ULONG_MAX])
-where = small | small | st.integers(0, 9).map(lambda n: n * MIB) | edge | st.integers(0, ULONG_MAX)
-size = st.sampled_from([1, 2, 511, KIB, 2 * KIB, PAGE_SIZE, 3 * PAGE_SIZE, 64 * KIB, MIB, 3 * MIB, 1 << 40, 2**63 - 2])
-addr = st.sampled_from([0, 1, 0x200, 0x800, 0xC00, 0xFFF, PAGE_SIZE, 0x1800, 0x5400, MIB, 2 * MIB, 8 * MIB, 2**47])
-
-
-class AutomaticIova(RuleBasedStateMachine):
-    """alloc_iova() beside the kernel's loop written down literally, over one table that changes.
-
-    What the table remembers of earlier searches must never show.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.client = Client()
-        self.iopt = IoPagetable()
-        self.pages = UserPages(self.client.caller, 0, PAGE_SIZE, writable=True)
-
-    def insert(self, iova: int, length: int) -> None:
-        last = min(iova + length - 1, ULONG_MAX)
-        if self.iopt.areas.first(iova, last) is None and self.iopt.reserved.first(iova, last) is None:
-            piece = Piece(self.pages.get(), 0, last - iova + 1)
-            self.iopt.areas.insert(Area(iova, piece, readable=True, writable=True))
-
-    @rule(iova=where, length=size)
-    def map(self, iova: int, length: int) -> None:
-        self.insert(iova, length)
-
-    @rule(n=st.integers(0, 31))
-    def unmap(self, n: int) -> None:
-        areas = list(self.iopt.areas)
-        if areas:
-            area = areas[n % len(areas)]
-            assert self.iopt.unmap(area.iova, area.last) == (area.length, None)
-
-    @rule(start=where, length=size)
-    def reserve(self, start: int, length: int) -> None:
-        try:
-            self.iopt.reserve(self.client.caller, start, min(start + length - 1, ULONG_MAX), self)
-        except EADDRINUSE:
-            pass
-
-    @rule()
-    def unreserve(self) -> None:
-        self.iopt.remove_reserved(self)
-
-    @rule(starts=st.lists(where, max_size=3), length=size)
-    def allow(self, starts: list[int], length: int) -> None:
-        spans = [Span(start, min(start + length, ULONG_MAX)) for start in starts]
-        try:
-            self.iopt.set_allowed(SpanSet(spans))
-        except EADDRINUSE:
-            pass
-
-    @rule(alignment=st.sampled_from([1, 1, 0x800, PAGE_SIZE]))
-    def align(self, alignment: int) -> None:
-        self.iopt.iova_alignment = alignment
-
-    @rule(at=addr, length=size, take=st.booleans())
-    def allocate(self, at: int, length: int, take: bool) -> None:
-        expected = naive.alloc_iova(self.iopt, at, length)
-        try:
-            found = self.iopt.alloc_iova(at, length)
-        except IommufdError as error:
-            found = -error.errno
-        assert found == expected
-        if take and found >= 0:
-            self.insert(found, length)
-
-
-TestAutomaticIova = AutomaticIova.TestCase
-TestAutomaticIova.settings = settings(max_examples=150, stateful_step_count=25)
-
-
-@pytest.mark.parametrize(
-    ("at", "length", "iova"),
-    [
-        (0, PAGE_SIZE, PAGE_SIZE),  # never 0
-        (0, 3 * PAGE_SIZE, 4 * PAGE_SIZE),  # a size rounded up to a power of two
-        (0x12345000, MIB, PAGE_SIZE),  # as far as the address is aligned
-        (0x10000000, MIB, MIB),
-        (0, 1 << 40, 2 * MIB),  # quirk: a huge page at most
-        (0x10000800, PAGE_SIZE, 0x1800),  # the offset in the page is kept
-    ],
-)
-def test_the_first_fit(at: int, length: int, iova: int) -> None:
-    assert IoPagetable().alloc_iova(at, length) == iova
-
-
-def test_fixed_mappings_do_not_obey_what_is_allowed() -> None:
-    c = Client()
-    ioas = c.ioas_alloc()
-    c.allow(ioas, (0x100000, 0x1FFFFF))
-    buffer = c.process.buffer(4)
-    c.map(ioas, buffer, PAGE_SIZE, 0x5000)
-    assert c.map(ioas, buffer, PAGE_SIZE) == 0x100000
-    assert c.map(ioas, buffer, PAGE_SIZE) == 0x101000
-
-
-def test_copy_aligns_as_the_first_copied_byte_was() -> None:
-    c = Client()
-    src, dst = c.ioas_alloc(), c.ioas_alloc()
-    memory = c.process.map(c.world.memfd(1024))  # a huge page and a bit, not aligned to one
-    base = -memory % (2 * MIB)
-    c.map(src, memory, 1024 * PAGE_SIZE, 0)
-    assert c.copy(dst, src, base, 2 * MIB) == 2 * MIB
-    assert c.copy(dst, src, base + PAGE_SIZE, PAGE_SIZE) == PAGE_SIZE
-
 
 # ---- reserved, allowed, alignment ----
 

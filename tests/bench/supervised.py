@@ -1,0 +1,64 @@
+"""Under `iommufdctl run`: what an ioctl costs, what everything else costs more, and the start."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .measure import US, Aim, Bench, Case, Plan, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SOURCE = Path(__file__).with_name("calls.c")
+RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--")
+BARE, UNDER = "bare", "under run"
+CALLS = {
+    "open and close, O_RDONLY": "rdonly",
+    "open and close, O_RDWR (notified)": "rdwr",
+    "read of an ordinary file": "read",
+}
+
+
+@contextmanager
+def cases(plan: Plan) -> Iterator[list[Case]]:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise Unavailable("no C compiler")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    with tempfile.TemporaryDirectory(prefix="iommufdd-bench-") as folder:
+        program = os.path.join(folder, "calls")
+        subprocess.run([compiler, "-O2", "-o", program, SOURCE], check=True)
+        if subprocess.run([*RUN, "true"], env=environment, stderr=subprocess.DEVNULL).returncode:
+            raise Unavailable("no seccomp user notification here")
+        count = plan.count(20_000)
+
+        def timed(*words: str) -> Callable[[], float]:
+            command = [*words, str(count)]
+            return lambda: float(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+        def started(*words: str) -> Callable[[], float]:
+            def run() -> float:
+                start = time.perf_counter()
+                subprocess.run(words, env=environment, check=True)
+                return time.perf_counter() - start
+
+            return run
+
+        found = [Case("ioctl of /dev/iommu", UNDER, timed(*RUN, program, "ioctl"))]
+        for row, what in CALLS.items():
+            bare = Case(row, BARE, timed(program, what))
+            aim = Aim(ratio=1.05) if what == "rdonly" else None
+            found += [bare, Case(row, UNDER, timed(*RUN, program, what), base=bare, aim=aim)]
+        start = Case("start of `true`", BARE, started("true"))
+        yield [*found, start, Case("start of `true`", UNDER, started(*RUN, "true"))]
+
+
+BENCH = Bench("run", "unmodified programs under `iommufdctl run`, all on one CPU", US, "how many times bare", cases)

@@ -2,9 +2,12 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,6 +23,19 @@ def test_the_prototype_is_the_example_and_runs() -> None:
     assert "the device reads b'from the guest'" in done.stdout
     assert "the guest reads b'from the device'" in done.stdout
     assert "is in use by" in done.stdout
+
+
+def test_the_unmodified_program_runs() -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    command = "iommufdctl run"
+    assert block.startswith(command)
+    here = f"{shlex.quote(sys.executable)} -m iommufd_client.cli run"
+    probe = subprocess.run(f"{here} -- true", shell=True, capture_output=True, text=True, timeout=60)
+    if probe.returncode:
+        pytest.skip(probe.stderr.strip())
+    done = subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ioas 1\n"
+    assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
 
 
 def test_the_drawing_shows_every_module_of_the_core() -> None:

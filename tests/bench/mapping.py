@@ -14,7 +14,7 @@ from iommufd_uapi import iommufd as uapi
 from .areas import MAP_AUTO, PAGE, Areas
 from .core import USER_VA, Core
 from .measure import US, Aim, Bench, Case, Plan, When, client_cpu
-from .peers import check, daemon
+from .peers import check, cpu_time, daemon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -141,35 +141,35 @@ def _over_socket(plan: Plan, sizes: Sequence[int], stack: ExitStack) -> list[Cas
     """A daemon for each size: their heaps differ."""
     rows = Rows(SOCKET, sizes)
     for size in sizes:
-        path = stack.enter_context(daemon(client_cpu())).socket_path
-        iommufd = stack.enter_context(Iommufd(path))
-        areas = Areas(_batches(iommufd), iommufd.ioas_alloc(), size, plan.count(EACH_ROUND))
+        started = stack.enter_context(daemon(client_cpu()))
+        iommufd = stack.enter_context(Iommufd(started.socket_path))
+        areas = Areas(_batches(iommufd, started.pid), iommufd.ioas_alloc(), size, plan.count(EACH_ROUND))
         _fixed(rows, areas, shuffled=False)
-        rows.add("close", size, _close(iommufd, size), When.LAST)
+        rows.add("close", size, _close(iommufd, started.pid, size), When.LAST)
     return rows.cases
 
 
-def _batches(iommufd: Iommufd) -> Callable[[Sequence[Ioctl]], float]:
+def _batches(iommufd: Iommufd, pid: int) -> Callable[[Sequence[Ioctl]], float]:
     def timed(structs: Sequence[Ioctl]) -> float:
         seconds = 0.0
         for at in range(0, len(structs), PACKET):
             some = structs[at : at + PACKET]
-            start = time.perf_counter()
+            start = cpu_time(pid)
             results = iommufd.batch(some).send()
-            seconds += time.perf_counter() - start
+            seconds += cpu_time(pid) - start
             check(results)
         return seconds / len(structs)
 
     return timed
 
 
-def _close(iommufd: Iommufd, size: int) -> Callable[[], float]:
+def _close(iommufd: Iommufd, pid: int, size: int) -> Callable[[], float]:
     """The last channel takes all areas along."""
 
     def run() -> float:
-        start = time.perf_counter()
+        start = cpu_time(pid)
         iommufd.close()
-        return (time.perf_counter() - start) / size
+        return (cpu_time(pid) - start) / size
 
     return run
 

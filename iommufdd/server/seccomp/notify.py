@@ -278,7 +278,7 @@ class Supervisor:
             process = self.processes[tgid] = Process(self, tgid)
         else:
             process.renew()
-        thread = Thread(process, tid)
+        thread = Thread(self, process, tid)
         if not self.valid():  # what was opened may be another's, who has the number now
             thread.close()
             if not known:

@@ -18,6 +18,7 @@ from iommufdd.server.memory import OtherFile, get_seals
 from iommufdd.user import PAGE_SIZE, File, PageFile
 
 from .procmm import SHARED, WRITABLE, ProcMm, StaleError, Vma
+from .sys import inode_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,10 +131,10 @@ class TargetFile(PageFile):
         for number in numbers:
             path = f"{folder}/fd/{number}"
             try:
-                status = os.stat(path)
+                inode = inode_of(path)
             except OSError:
                 continue
-            if (status.st_dev, status.st_ino) == self.inode:
+            if inode == self.inode:
                 yield from self._opened(path)
 
     def _opened(self, path: str) -> Iterator[int]:

@@ -20,6 +20,10 @@ PROCMAP_QUERY = 0xC068_6611
 PROCMAP = struct.Struct("<QQQQQQQQQIIIIQQ")  # struct procmap_query
 PROCMAP_ASK = struct.Struct("<QQQ")  # its input: size, flags, address
 
+AT_FDCWD = -100
+AT_STATX_DONT_SYNC = 0x4000
+STATX_INO = 0x100
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
@@ -41,6 +45,20 @@ def same_mm(one: int, other: int) -> bool:
     """Whether two tasks share their address space (kcmp); False if that cannot be found out."""
     numbers = native()
     return numbers is not None and _syscall(numbers.kcmp, one, other, KCMP_VM, 0, 0) == 0
+
+
+def inode_of(path: str, dir_fd: int = AT_FDCWD) -> tuple[int, int]:
+    """(st_dev, st_ino), as far as known: the file system is not asked, which may be one that we serve. OSError."""
+    found = (ctypes.c_uint32 * 64)()  # struct statx
+    _check(_libc.statx(dir_fd, path.encode(), AT_STATX_DONT_SYNC, STATX_INO, found))
+    return os.makedev(found[34], found[35]), found[8] | found[9] << 32
+
+
+def device_of(path: str, dir_fd: int = AT_FDCWD) -> int:
+    """st_dev alone, for which not even rights are needed. OSError."""
+    found = (ctypes.c_uint32 * 64)()
+    _check(_libc.statx(dir_fd, path.encode(), AT_STATX_DONT_SYNC, 0, found))
+    return os.makedev(found[34], found[35])
 
 
 def inotify_init() -> int:

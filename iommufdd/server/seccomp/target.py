@@ -7,7 +7,7 @@ import re
 import resource
 import select
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from iommufdd.server.credentials import CAPABILITIES, DEFAULT_MEMLOCK, UNLIMITED
 from iommufdd.user import PAGE_SHIFT, Caller, FaultGate, Task
@@ -19,10 +19,13 @@ from .sys import same_mm
 if TYPE_CHECKING:
     from iommufdd.machine import Machine
     from iommufdd.server.credentials import Virtual
+    from iommufdd.server.reactor import Reactor
+    from iommufdd.server.serve import Server
     from iommufdd.user import User
 
     from .notify import Supervisor
     from .proc import FailNth
+    from .procfile import TargetFiles
     from .procmm import Clock
 
 MEMLOCK = b"Max locked memory"
@@ -46,6 +49,22 @@ class Origin(NamedTuple):
             found = _status_words(file.read())
         memlock = _limit(pid, resource.RLIMIT_MEMLOCK, MEMLOCK, DEFAULT_MEMLOCK)
         return cls(int(found.get(b"Uid", b"-1")), int(found.get(b"CapEff", b"0"), 16), memlock)
+
+
+class Targets(Protocol):
+    """Whoever answers the calls of processes, and keeps them: a seccomp listener, or a mount."""
+
+    server: Server
+    reactor: Reactor
+    machine: Machine
+    uid: int  # whose share of descriptors they cost
+    origin: Origin
+    virtual: Virtual
+    clock: Clock
+    files: TargetFiles
+    processes: dict[int, Process]
+
+    def forget_process(self, process: Process) -> None: ...
 
 
 class ProcTask(Task):
@@ -116,8 +135,9 @@ class Process:
     """A thread group. Its pidfd is in the reactor and tells when it has ended."""
 
     dropped: int = 0  # virtual capabilities that it gave up, or its parent did before it
+    mm_type: type[ProcMm] = ProcMm
 
-    def __init__(self, supervisor: Supervisor, tgid: int) -> None:
+    def __init__(self, supervisor: Targets, tgid: int) -> None:
         """OSError when it is gone or may not be looked into; EMFILE."""
         self.supervisor = supervisor
         self.tgid = tgid
@@ -133,7 +153,7 @@ class Process:
         self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
         supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
-    def _open(self, supervisor: Supervisor, tgid: int) -> None:
+    def _open(self, supervisor: Targets, tgid: int) -> None:
         self.pidfd = os.pidfd_open(tgid)
         try:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -156,7 +176,7 @@ class Process:
                 break
         else:
             self.shares_mm = False
-            mm = ProcMm(self.tgid, self.supervisor.files, self.supervisor.clock)
+            mm = self.mm_type(self.tgid, self.supervisor.files, self.supervisor.clock)
             self.supervisor.files.mms.add(mm)
         mm.users.add(self)
         return mm
@@ -225,7 +245,7 @@ class Process:
 class Thread:
     """A task that has made a trapped call: its descriptor table, and who calls."""
 
-    def __init__(self, process: Process, tid: int) -> None:
+    def __init__(self, supervisor: Supervisor, process: Process, tid: int) -> None:
         """OSError when it is gone; EMFILE."""
         self.process = process
         self.tid = tid
@@ -236,7 +256,7 @@ class Thread:
         except OSError:
             self._nofile.uncharge(self._uid)
             raise
-        self.files = TargetDescriptors(process.supervisor, self)
+        self.files = TargetDescriptors(supervisor, self)
         self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
 
     def close(self) -> None:

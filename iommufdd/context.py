@@ -117,17 +117,19 @@ class Context(File):
         data = caller.memory.read(uptr, size)  # the size word and, nearly always, the whole struct
         if len(data) < 4:
             raise EFAULT(f"memory at {uptr + len(data):#x} cannot be read")
-        user_size = int.from_bytes(data[:4], "little")
-        if user_size < op.min_size:
-            raise EINVAL(f"size is {user_size}, at least {op.min_size} is needed")
-        if user_size == size == len(data):
+        if len(data) == size and (struct := op.unpack(data)).size == size:
+            user_size = size
             if gate.watching:
                 gate(_COPY_IN)
         else:
+            user_size = int.from_bytes(data[:4], "little")
+            if user_size < op.min_size:
+                raise EINVAL(f"size is {user_size}, at least {op.min_size} is needed")
             data = copy_struct_from_user(caller, uptr, user_size, size)
+            struct = op.unpack(data)
         ucmd = Ucmd(self, caller, uptr, user_size, data)
         try:
-            rc = op.execute(ucmd, op.unpack(data))
+            rc = op.execute(ucmd, struct)
         except BaseException:
             if ucmd.new_obj is not None:
                 self.objects.abort(ucmd.new_obj)

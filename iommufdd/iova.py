@@ -91,29 +91,21 @@ class IovaSpace:
             for hole_lo, hole_hi in self._holes(max(start, floor), hi):
                 iova = _fit(hole_lo, hole_hi, kind)
                 if iova is not None:
-                    if len(self._searched) >= KINDS:
-                        self._searched.clear()
-                    self._searched[kind] = hole_lo + alignment - 1 & ~(alignment - 1)
+                    if not addr % PAGE_SIZE:  # an offset is OR-ed in: a hole that loses bytes may fit after all
+                        if len(self._searched) >= KINDS:
+                            self._searched.clear()
+                        self._searched[kind] = hole_lo + alignment - 1 & ~(alignment - 1)
                     return iova
         raise ENOSPC(f"no hole of {length:#x} bytes aligned to {alignment:#x}")
 
     def _holes(self, start: int, last: int) -> Iterator[tuple[int, int]]:
         """Stretches of [start, last] with neither area nor reservation, ascending."""
         at = start
-        while at <= last:
-            used = self.reserved.first(at, last)
-            area = self.areas.first(at, last)
-            edge = min(used[0] if used else last + 1, area.iova if area else last + 1)
-            if edge > at:
-                yield at, edge - 1
-            ends: list[int] = []
-            if used is not None and used[0] <= edge:
-                ends.append(used[1])
-            if area is not None and area.iova <= edge:
-                ends.append(area.last)
-            if not ends:
-                return
-            at = max(ends) + 1
+        for area in self.areas.touching(start, last):
+            if at < area.iova:
+                yield from self.reserved.holes(at, area.iova - 1)
+            at = area.last + 1
+        yield from self.reserved.holes(at, last)
 
     def reopened(self, iova: int) -> None:
         """An area at iova is gone: the hole that now holds it can be the first fit of any kind again."""

@@ -7,9 +7,9 @@ it and kept until the last one lets go. Who maps, unmaps or exits in between doe
 from __future__ import annotations
 
 import enum
+from bisect import bisect_right
+from operator import itemgetter
 from typing import TYPE_CHECKING
-
-from sortedcontainers import SortedDict
 
 from .errors import EFAULT, EINVAL, ENODEV, ENOMEM, EPERM, IommufdError
 from .spans import UseCounts
@@ -17,6 +17,9 @@ from .user import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Caller, File, Gate, Mm, Page
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+
+_index = itemgetter(0)
 
 
 class Account(enum.Enum):
@@ -27,12 +30,15 @@ class Account(enum.Enum):
     MM = 2
 
 
+_NONE, _USER, _MM = Account  # a member of an Enum class takes ten times as long to find
+
+
 def charge(account: Account, npages: int, task: Task, user: User, mm: Mm) -> None:
     """iopt_pages_update_pinned(): npages more (or less) on whoever pays; ENOMEM, EINVAL."""
-    if account is Account.USER:
+    if account is _USER:
         _check_limit(npages, user.locked_vm, task, f"uid {user.uid}")
         user.locked_vm += npages
-    elif account is Account.MM:
+    elif account is _MM:
         if npages <= 0 and not mm.alive:  # quirk: for nothing to give back too (update_mm_locked_vm)
             raise EINVAL("the process that pays for these pages is gone")
         _check_limit(npages, mm.locked_vm, task, f"process {task.name or '?'}")
@@ -74,19 +80,20 @@ class Pages:
         """iopt_alloc_pages(). EINVAL for a length that is 0 or cannot be rounded to pages."""
         if not 0 < length <= 2**64 - 1 - PAGE_SIZE:
             raise EINVAL(f"a length of {length:#x} cannot be mapped")
-        caller.gate(Gate.MEMORY)
+        if caller.gate.watching:
+            caller.gate(Gate.MEMORY)
         self.refs = 1
         self.mm: Mm = caller.mm
         self.task: Task = caller.task
         self.user = caller.task.user
-        self.account = Account.NONE if caller.task.cap_ipc_lock else Account.USER
+        self.account = _NONE if caller.task.cap_ipc_lock else _USER
         self.start = start & PAGE_MASK
         self.npages = (length + (start & ~PAGE_MASK) + PAGE_SIZE - 1) >> PAGE_SHIFT
         self.writable = writable
         self.npinned = 0
         self.last_npinned = 0  # as last charged
         self.use: UseCounts | None = None  # users of each page: domains and accesses; made when first needed
-        self.pinned: SortedDict[int, PageRun] | None = None  # by index
+        self.pinned: list[tuple[int, PageRun]] | None = None  # by index
         self.access_users: dict[tuple[int, int], int] | None = None  # access_itree: users of each exact range
 
     def get(self) -> Pages:
@@ -113,7 +120,7 @@ class Pages:
         Errors: EFAULT, EINVAL, ENOMEM. Source: iopt_area_fill_domain(), iopt_pages_fill_xarray().
         """
         if self.use is None or self.pinned is None:
-            self.use, self.pinned = UseCounts(), SortedDict()
+            self.use, self.pinned = UseCounts(), []
         fresh = self.use.add(first, last)
         done: list[tuple[int, int]] = []
         try:
@@ -143,9 +150,9 @@ class Pages:
     def runs(self, first: int, last: int) -> Iterator[PageRun]:
         """The identities of pages that are pinned, in order."""
         assert self.pinned is not None
-        at = self.pinned.bisect_right(first) - 1
+        at = bisect_right(self.pinned, first, key=_index) - 1
         while first <= last:
-            index, run = self.pinned.peekitem(at)
+            index, run = self.pinned[at]
             skip = first - index
             count = min(run.npages - skip, last - first + 1)
             yield PageRun(run.file, run.page + skip, count)
@@ -156,54 +163,54 @@ class Pages:
         """The identity of one page, None when it is not pinned."""
         if not self.pinned:
             return None
-        at = self.pinned.bisect_right(index) - 1
+        at = bisect_right(self.pinned, index, key=_index) - 1
         if at < 0:
             return None
-        start, run = self.pinned.peekitem(at)
+        start, run = self.pinned[at]
         skip = index - start
         return PageRun(run.file, run.page + skip, 1) if skip < run.npages else None
 
     def _pin(self, caller: Caller, first: int, last: int) -> None:
         caller.gate(Gate.PIN)
         assert self.pinned is not None
-        runs = self.resolve(caller, first, last - first + 1, write=self.writable)
+        fresh: list[tuple[int, PageRun]] = []
         at = first
-        for run in runs:
+        for run in self.resolve(caller, first, last - first + 1, write=self.writable):
             run.file.get()
-            self._put_run(at, run)
+            pinners = run.file.pinners
+            pinners[self] = pinners.get(self, 0) + 1
+            fresh.append((at, run))
             at += run.npages
+        where = bisect_right(self.pinned, first, key=_index)
+        self.pinned[where:where] = fresh
         self.npinned += last - first + 1
-
-    def _put_run(self, index: int, run: PageRun) -> None:
-        assert self.pinned is not None
-        self.pinned[index] = run
-        pinners = run.file.pinners
-        pinners[self] = pinners.get(self, 0) + 1
 
     def pinned_runs(self) -> Iterable[PageRun]:
         """The pages pinned, in order."""
-        return self.pinned.values() if self.pinned is not None else ()
+        return [run for _, run in self.pinned or ()]
 
     def _unpin(self, first: int, last: int) -> None:
-        assert self.pinned is not None
         pinned = self.pinned
-        at = max(pinned.bisect_right(first) - 1, 0)
-        hit = [pinned.peekitem(i) for i in range(at, pinned.bisect_right(last))]
-        for index, run in hit:
+        assert pinned is not None
+        lo = max(bisect_right(pinned, first, key=_index) - 1, 0)
+        hi = bisect_right(pinned, last, key=_index)
+        left: list[tuple[int, PageRun]] = []
+        for index, run in pinned[lo:hi]:
             end = index + run.npages
             if end <= first:
+                left.append((index, run))
                 continue
-            del pinned[index]
-            left = run.file.pinners[self] - 1
-            if left:
-                run.file.pinners[self] = left
-            else:
-                del run.file.pinners[self]
-            for lo, hi in ((index, first), (last + 1, end)):
-                if lo < hi:
+            pinners = run.file.pinners
+            for at, stop in ((index, first), (last + 1, end)):
+                if at < stop:
+                    left.append((at, PageRun(run.file, run.page + at - index, stop - at)))
                     run.file.get()
-                    self._put_run(lo, PageRun(run.file, run.page + lo - index, hi - lo))
+                    pinners[self] += 1
+            pinners[self] -= 1
+            if not pinners[self]:
+                del pinners[self]
             run.file.put()
+        pinned[lo:hi] = left
         self.npinned -= last - first + 1
 
     # ---- accounting (iopt_pages_update_pinned) ----

@@ -6,6 +6,7 @@ naming the fields that change, so the caller's other bytes come back as they wer
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import iommufd_uapi.iommufd_test as uapi
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .ucmd import Ucmd
 
+NOT_ZERO = re.compile(rb"[^\0]")
 T = TypeVar("T", bound="Layout")
 
 
@@ -145,12 +147,16 @@ def _dirty(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.Dirty) -> None:
     if not isinstance(dirty, SelftestDirty) or not dirty.tracking:
         raise EINVAL("dirty tracking is off")
     ucmd.caller.gate(Gate.MEMORY)
-    bits = int.from_bytes(ucmd.caller.copy_from_user(op.uptr, (nbits + 7) // 8), "little") & (1 << nbits) - 1
-    count = bits.bit_count()
-    while bits:
-        low = bits & -bits
-        dirty.set_dirty(op.iova + (low.bit_length() - 1) * op.page_size & ULONG_MAX)
-        bits ^= low
+    bitmap = bytearray(ucmd.caller.copy_from_user(op.uptr, (nbits + 7) // 8))
+    if nbits % 8:
+        bitmap[-1] &= (1 << nbits % 8) - 1
+    count = 0
+    for found in NOT_ZERO.finditer(bitmap):
+        at = found.start()
+        for bit in range(8 * at, 8 * at + 8):
+            if bitmap[at] >> bit % 8 & 1:
+                dirty.set_dirty(op.iova + bit * op.page_size & ULONG_MAX)
+                count += 1
     answer(ucmd, uapi.Dirty, out_nr_dirty=count)
 
 

@@ -300,6 +300,7 @@ class Packet:
         """
         descriptors = Descriptors(fds)
         results: list[Result] = []
+        packet = data[:size].tobytes()  # slices of bytes are cheaper than views
         at = 0
         try:
             for call in self._calls:
@@ -311,10 +312,11 @@ class Packet:
                 if isinstance(call, tuple):
                     struct, packed = call
                     if writes == 1:
-                        new = data[at + 32 : at + 32 + written]
-                        if new != packed[offset : offset + written]:
-                            _put(struct, packed, offset, new)
-                        at += 32 + (written + 7 & ~7)
+                        at += 32
+                        new = packet[at : at + written]
+                        if not packed.startswith(new, offset):
+                            _put(struct, packed, offset, memoryview(new))
+                        at += written + 7 & ~7
                     else:
                         at = _update(data, at + 16, writes, struct, packed)
                     if result < 0:

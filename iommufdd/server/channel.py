@@ -10,7 +10,7 @@ import struct
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import MAX_FDS, NONE
+from iommufd_uapi.wire import MAX_FDS, NONE, PADDING, REPLY_RECORD
 from iommufdd.errors import IommufdError, ProtocolError
 from iommufdd.user import Caller, FaultGate
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .credentials import Peer
     from .files import Loan, Pipe
+    from .fuse.session import Session
     from .instance import AddressSpace, OpenContext
     from .packet import Request
     from .seccomp.notify import Supervisor
@@ -40,6 +41,7 @@ ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 CUT_OFF = socket.MSG_CTRUNC | socket.MSG_TRUNC
 WAIT = 0x4000_0000  # MSG_CMSG_CLOEXEC of include/linux/socket.h; no constant of Python's
 DONT_WAIT = WAIT | socket.MSG_DONTWAIT
+_reply_record = REPLY_RECORD.pack
 NO_FDS: list[int] = []
 NO_PIPES: list[Pipe | Loan] = []
 FROM_CLIENT = select.EPOLLIN | select.EPOLLRDHUP
@@ -69,7 +71,7 @@ class Channel:
         self.open = True  # the connection
         self.joined = False  # a context
         self.closing = False  # once the reply that is on its way has left
-        self.supervisor: Supervisor | None = None  # when the peer is a keeper
+        self.supervisor: Supervisor | Session | None = None  # when the peer is a keeper
         self.memory = SegmentMemory()
         self._pending: tuple[bytes, list[int], list[Pipe | Loan]] | None = None
         server.reactor.register(self.fd, self, FROM_CLIENT)
@@ -89,7 +91,7 @@ class Channel:
                 if not self._turn():
                     break
                 self.server.pipes.ready(0)
-        elif self._turn() and self.server.alone:
+        elif self._turn() and self.server.alone and not self.server.reactor.spin:
             # Nobody else to look after, and epoll costs as much as a receive: wait here, for a while.
             for _ in range(PACKETS_ALONE):
                 if not self._turn(WAIT) or not self.server.alone:
@@ -207,7 +209,7 @@ class Channel:
         self._send(answer, [self.context.identity], NO_PIPES)
 
     def _requests(self, size: int, fds: list[int]) -> None:
-        requests = parse(bytes(self.server.view[: size + TAIL]), size, len(fds))
+        requests = parse(self.server.view[: size + TAIL].tobytes(), size, len(fds))
         files = self.files
         files.received = fds
         try:
@@ -239,6 +241,15 @@ class Channel:
             else:
                 result = ioctl(caller, cmd, segments[arg][0] if arg != NONE else 0)
             reason = caller.error.reason if flags and result < 0 and caller.error is not None else ""
+            if len(records) == 1 and not outgoing and not reason and isinstance(data := records[0][2], bytes):
+                index, at, _ = records[0]
+                length = len(data)
+                parts += (
+                    _reply_record(32 + (length + 7 & ~7), result, 1, 0, 0, index, at, length, 1),
+                    data,
+                    PADDING[length & 7],
+                )
+                continue
             before, sent = sent, len(outgoing)
             reply(parts, result, segments, records, reason, sent - before)
         caller.error = None  # it keeps the frames of the call alive

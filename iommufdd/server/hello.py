@@ -30,7 +30,7 @@ def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
     if len(packet) < Hello.SIZEOF:
         raise ProtocolError(f"a hello of {len(packet)} bytes")
     hello, text = Hello.unpack(packet), packet[Hello.SIZEOF :]
-    if text and hello.kind != Kind.SUPERVISE:
+    if text and hello.kind not in (Kind.SUPERVISE, Kind.MOUNT):
         raise ProtocolError(f"a hello of {len(packet)} bytes")
     if hello.magic != MAGIC:
         raise ProtocolError(f"magic {hello.magic:#x}")
@@ -41,6 +41,10 @@ def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
             from .seccomp.hello import supervise
 
             return supervise(channel, hello, _name(hello.machine), text, fds)
+        if hello.kind == Kind.MOUNT:
+            from .fuse.hello import mount
+
+            return mount(channel, hello, _name(hello.machine), text, fds)
         _join(channel, hello, fds)
     except IommufdError as error:
         raise Refusal(hello, error.errno, error.reason) from None

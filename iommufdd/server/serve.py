@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from iommufdd.user import Task
 
     from .channel import Channel
+    from .fuse.session import Session
     from .seccomp.fds import Watch
     from .seccomp.notify import Supervisor
 
@@ -56,7 +57,7 @@ class Server:
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)
         self.channels: set[Channel] = set()
-        self.supervisors: set[Supervisor] = set()
+        self.supervisors: set[Supervisor | Session] = set()
         self._watch: Watch | None = None
         self.listeners: list[Listener] = []
         self.socket_files: list[SocketFile] = []

@@ -26,7 +26,7 @@ EACH_ROUND = 500
 PACKET = 128
 PAIR_SECONDS = 0.05
 IN_PROCESS = "in process"
-SOCKET = f"over the socket, {PACKET} a packet, daemon on the same CPU"
+SOCKET = f"over the socket, {PACKET} a packet, CPU time of client and daemon"
 
 
 class Rows:

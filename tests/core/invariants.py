@@ -178,7 +178,7 @@ def _check_pages(pages: Pages, areas: list[Area]) -> None:
     assert sum(access_users.values()) == sum(area.num_accesses for area in areas)
     have = Counter({n: count for lo, hi, count in use_counts(pages.use) for n in range(lo, hi + 1)})
     assert have == users
-    pinned = [at + n for at, run in (pages.pinned or {}).items() for n in range(run.npages)]
+    pinned = [at + n for at, run in pages.pinned or () for n in range(run.npages)]
     assert pinned == sorted(users)
     assert pages.npinned == len(users)
 
@@ -216,7 +216,7 @@ def _check_pins(world: World, pages: list[Pages]) -> None:
     """A page's pin count is the number of struct iopt_pages that have it pinned."""
     counts: dict[int, Counter[int]] = {}
     for one in pages:
-        for run in (one.pinned or {}).values():
+        for _, run in one.pinned or ():
             counts.setdefault(id(run.file), Counter()).update(range(run.page, run.page + run.npages))
     for file in _page_files(world):
         have = Counter({n: count for lo, hi, count in use_counts(file.pins) for n in range(lo, hi + 1)})
@@ -249,7 +249,7 @@ def _check_files(world: World, pages: list[Pages]) -> None:
     for process in world.processes:
         refs.update(id(region.file) for region in process.mm.regions())
     for one in pages:
-        refs.update(id(run.file) for run in (one.pinned or {}).values())
+        refs.update(id(run.file) for _, run in one.pinned or ())
         if isinstance(one, FilePages):
             refs[id(one.file)] += 1
         if isinstance(one, DmabufPages):

@@ -299,7 +299,7 @@ def _group(group: IopfGroup) -> Any:
 def _runs(pages: Pages) -> list[tuple[int, str, int, int]]:
     """(index, file, page, npages), runs that continue each other joined."""
     runs: list[tuple[int, str, int, int]] = []
-    for index, run in (pages.pinned or {}).items():
+    for index, run in pages.pinned or ():
         name = getattr(run.file, "name", type(run.file).__name__)
         if runs:
             at, file, page, npages = runs[-1]

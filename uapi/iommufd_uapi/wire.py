@@ -32,6 +32,7 @@ class Kind(IntEnum):
     CHANNEL = 1  #: a further channel to an open context
     DEVICE = 2  #: a VFIO device by name
     SUPERVISE = 3  #: a seccomp listener: processes whose system calls are to be answered
+    MOUNT = 4  #: a mounted /dev/fuse: a file that stands for /dev/iommu
 
 
 class Op(IntEnum):
@@ -65,7 +66,9 @@ HELLO_CONTAINER = 1  #: Hello.flags: as /dev/vfio/vfio, pinned memory is charged
 SUPERVISE_EXPLAIN = 1  #: Hello.flags: a line for every call that fails
 SUPERVISE_SUMMARY = 2  #: Hello.flags: what was called and what is left, when the last process has ended
 SUPERVISE_PROC = 4  #: Hello.flags: serve /proc/N/status and fault injection
-MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE
+MOUNT_OTHERS = 8  #: Hello.flags: callers may be other users than who mounted it
+MOUNT_CONTAINER = 16  #: Hello.flags: as /dev/vfio/vfio
+MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE or MOUNT
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 
 

@@ -9,7 +9,7 @@ from iommufdd.server.seccomp.procmm import ProcMm, Vma
 from iommufdd.server.seccomp.target import CallerMemory, Process
 from iommufdd.user import Caller
 
-from .files import MountDescriptors
+from .files import OUR_DEVICES, MountDescriptors
 
 if TYPE_CHECKING:
     from .session import Session
@@ -20,7 +20,7 @@ class MountMm(ProcMm):
 
     def find(self, addr: int) -> Vma | None:
         vma = super().find(addr)
-        return None if vma is not None and vma.dev in self.files.shunned else vma
+        return None if vma is not None and vma.dev in OUR_DEVICES else vma
 
 
 class MountProcess(Process):
@@ -39,7 +39,7 @@ class Thread:
         self._nofile, self._uid = session.server.nofile, session.uid
         self._nofile.charge(self._uid)
         try:
-            self.folder = os.open(f"/proc/{tid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             self._nofile.uncharge(self._uid)
             raise
@@ -50,7 +50,7 @@ class Thread:
     def alive(self) -> bool:
         """Whether the number is still this task's."""
         try:
-            os.stat("comm", dir_fd=self.folder)
+            os.stat("../comm", dir_fd=self.folder)
         except OSError:
             return False
         return True

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from iommufdd.errors import EMFILE, EOPNOTSUPP, IommufdError
+from iommufdd.errors import EOPNOTSUPP, IommufdError
 from iommufdd.eventq import EventqFile
 from iommufdd.server.memory import OtherFile
 from iommufdd.server.seccomp.procfile import reopened
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LEAST_TOKEN = 1 << 60
 FDINFO = 64  # enough for its first line
+OUR_DEVICES: Counter[int] = Counter()  # st_dev of every mount that this daemon serves
 
 
 class Opened:
@@ -92,16 +94,16 @@ class MountDescriptors:
         if opened is not None:
             return opened.file
         try:
-            if device_of(self.thread.folder, f"fd/{fd}") in self.session.devices():
+            if device_of(str(fd), self.thread.folder) in OUR_DEVICES:
                 return OtherFile()  # to open it would be to wait for ourselves
-            own = reopened(self.thread.folder, f"fd/{fd}", cautious=self.session.files.cautious)
+            own = reopened(self.thread.folder, fd, cautious=self.session.files.cautious)
         except OSError:
             return OtherFile()
         return self.session.files.opened(own)
 
     def _position(self, fd: int) -> int:
         """pos: of /proc/TID/fdinfo/N. OSError, ValueError."""
-        info = os.open(f"fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.thread.folder)
+        info = os.open(f"../fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.thread.folder)
         try:
             return int(os.read(info, FDINFO).split(b"\n")[0].split()[1])
         finally:
@@ -125,6 +127,3 @@ class MountDescriptors:
             file.on_change = lambda: self.session.poll_wakeup(slot)
 
 
-def refusal_of(number: int, what: str) -> IommufdError:
-    """The errno that an injected open() gave, as the core would have it."""
-    return EMFILE(what) if number in (EMFILE.errno, 23) else EOPNOTSUPP(what)

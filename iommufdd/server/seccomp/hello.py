@@ -30,7 +30,7 @@ def supervise(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Se
     if not LEAST_BASE <= hello.mm < 1 << 31:
         raise EINVAL(f"the base of descriptor numbers is {hello.mm}")
     server = channel.server
-    virtual = _virtual(text) or server.virtual
+    virtual = virtual_of(text) or server.virtual
     listener = os.dup(fds[0])
     try:
         instance = server.instances.join(machine)
@@ -44,7 +44,7 @@ def supervise(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Se
     return HelloReply(kind=hello.kind, mm=hello.mm).pack()
 
 
-def _virtual(text: bytes) -> Virtual | None:
+def virtual_of(text: bytes) -> Virtual | None:
     """The credentials that all callers are said to have, as --caller of the daemon. EINVAL."""
     if len(text) > MAX_CALLER:
         raise EINVAL("the text about the caller is too long")

@@ -69,7 +69,7 @@ class Supervisor:
         self.instance = instance
         self.machine = instance.machine
         self.uid = peer.uid
-        self.origin = _origin(peer)
+        self.origin = origin_of(peer)
         self.base = base
         self.virtual = virtual
         self.clock = Clock()
@@ -332,7 +332,7 @@ def _shared_page(fd: int) -> mmap.mmap:
     return mmap.mmap(fd, NOTIF_PAGE)
 
 
-def _origin(peer: Peer) -> Origin:
+def origin_of(peer: Peer) -> Origin:
     try:
         return Origin.of(peer.pid)
     except OSError as error:

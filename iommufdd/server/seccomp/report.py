@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TEST_OPS, TestCmd
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from iommufd_uapi.layout import Layout
     from iommufdd.context import Context
-
-    from .target import Thread
+    from iommufdd.user import Caller
 
 NAMES: dict[int, str] = {
     **{struct.CMD: struct.MACRO for struct in CONTAINER_IOCTLS},
@@ -29,6 +28,13 @@ LAYOUTS: dict[int, type[Layout]] = {
     **{struct.CMD: struct for struct in IOCTLS},
 }
 DECIMAL = 4096  # numbers from here on are printed in hexadecimal
+
+
+class Calling(Protocol):
+    """A thread in one of its calls."""
+
+    tid: int
+    caller: Caller
 
 
 class Report:
@@ -45,7 +51,7 @@ class Report:
         self._contexts = 0
         self._seconds = 0.0
 
-    def ioctl(self, thread: Thread, ctx: Context, cmd: int, arg: int) -> int:
+    def ioctl(self, thread: Calling, ctx: Context, cmd: int, arg: int) -> int:
         """Carry an ioctl out, and count it."""
         data = thread.caller.memory.read(arg, _size(cmd))
         before = time.perf_counter()

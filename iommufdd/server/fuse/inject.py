@@ -1,0 +1,176 @@
+"""Descriptors for callers of a mount.
+
+FUSE cannot put a descriptor into a process. So the calling thread opens the file again: it is traced while it waits
+for its ioctl, is answered, stops before it returns to user mode, and there makes system calls of ours: mmap() for a
+page that holds a path, openat() of /proc/thread-self/fd/N, for which the kernel asks us and gets the new file,
+munmap(). Only then the ioctl is carried out, with a number that is known to be good; its result is written to the
+thread's registers, and it goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from logging import WARNING
+from typing import TYPE_CHECKING
+
+from iommufdd.errors import EMFILE, EOPNOTSUPP, IommufdError
+from iommufdd.server import log
+
+from . import abi
+from .ptrace import CS, RAX, RDI, RIP, SYSCALL_INSN, SYSCALL_STOP, USER_CS, WORD, GoneError, Tracee, call_registers
+
+if TYPE_CHECKING:
+    from iommufdd.server.instance import OpenContext
+
+    from .caller import Thread
+    from .files import Opened
+    from .session import Session
+
+CLOSE, LSEEK, MMAP, MUNMAP, OPENAT = 3, 8, 9, 11, 257  # x86-64
+AT_FDCWD = -100
+PAGE = 4096
+PATIENCE = 2.0  # seconds for the thread to come to a stop, when the host is overloaded
+ERRORS = range(-4095, 0)
+
+
+class RefusedError(Exception):
+    """There will be no descriptor; why, and the errno that the core is to give."""
+
+    def __init__(self, why: str, number: int = 0) -> None:
+        super().__init__(why)
+        full = number in (errno.EMFILE, errno.ENFILE)
+        self.error: IommufdError = EMFILE(why) if full else EOPNOTSUPP(f"no descriptor for the caller: {why}")
+
+
+class Injection:
+    """One thread that is made to carry out calls."""
+
+    def __init__(self, session: Session, thread: Thread, context: OpenContext, *, seekable: bool) -> None:
+        """OSError when it may not be traced."""
+        self.session = session
+        self.thread = thread
+        self.context = context
+        self.slot: Opened | None = None
+        self._seekable = seekable
+        self._registers: list[int] = []
+        self._tracee = Tracee(thread.tid)
+
+    def open(self) -> Opened:
+        """The kernel asks for the file that our openat() opens."""
+        self.slot = self.session.open_files.add(self.context, None, token=self._seekable)
+        return self.slot
+
+    def begin(self) -> None:
+        """The request has been answered; the thread stops. GoneError, RefusedError, OSError."""
+        self._stop()
+        self._tracee.block_signals()
+        self._registers = self._tracee.registers()
+
+    def new_descriptor(self) -> int:
+        """Its number in the thread. RefusedError, GoneError, OSError."""
+        mm, registers = self.thread.process.mm, self._registers
+        if registers[CS] != USER_CS or os.pread(mm.mem, 2, registers[RIP] - 2) != SYSCALL_INSN:
+            raise RefusedError("the call was not made by the instruction syscall")
+        page = self._call(MMAP, 0, PAGE, 3, 0x22, -1, 0)  # PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
+        if page in ERRORS:
+            raise RefusedError(f"mmap: {os.strerror(-page)}")
+        try:
+            os.pwrite(mm.mem, b"/proc/thread-self/fd/%d\0" % (registers[RDI] & 0xFFFF_FFFF), page)
+            number = self._call(OPENAT, AT_FDCWD, page, os.O_RDWR | os.O_CLOEXEC, 0)
+        finally:
+            self._call(MUNMAP, page, PAGE)
+        if number in ERRORS:
+            raise RefusedError(f"open: {os.strerror(-number)}", -number)
+        if self.slot is None:
+            self.close(number)
+            raise RefusedError("what it opened is not this mount")
+        if self.slot.token:
+            self._call(LSEEK, number, self.slot.token, os.SEEK_SET)
+        return number
+
+    def close(self, number: int) -> None:
+        """GoneError, OSError."""
+        self._call(CLOSE, number)
+
+    def finish(self, rc: int) -> None:
+        """The ioctl returns rc."""
+        if self._registers:
+            self._registers[RAX] = rc & WORD
+            try:
+                self._tracee.set_registers(self._registers)
+            except OSError:
+                pass  # it has been killed
+        self._tracee.let_go()
+
+    def _call(self, number: int, *args: int) -> int:
+        """The result of a system call. GoneError, RefusedError, OSError."""
+        self._tracee.set_registers(call_registers(self._registers, number, args))
+        for _ in ("begin", "end"):
+            self._tracee.resume()
+            while (kind := self._stop()) != SYSCALL_STOP:
+                if kind == signal.SIGSTOP:
+                    self._tracee.hold(kind)
+                self._tracee.resume()
+        result = self._tracee.registers()[RAX]
+        return result - (1 << 64) if result >> 63 else result
+
+    def _stop(self) -> int:
+        """Wait for a stop, and answer requests meanwhile: one of them is its own. GoneError, RefusedError."""
+        end = time.monotonic() + PATIENCE
+        while not (kind := self._tracee.stopped()):
+            if not self.session.pump():
+                os.sched_yield()
+                if time.monotonic() > end:
+                    raise RefusedError("the thread does not stop")
+        return kind
+
+
+def ioctl_with_descriptor(
+    session: Session, thread: Thread, context: OpenContext, unique: int, call: tuple[int, int], *, seekable: bool
+) -> int | None:
+    """An ioctl that gives a descriptor: its result, or None when the thread has it already. StaleError."""
+    try:
+        if os.uname().machine != "x86_64":
+            raise OSError(errno.ENOSYS, "only on x86-64")
+        injection = Injection(session, thread, context, seekable=seekable)
+    except OSError as error:
+        _refuse(session, thread, RefusedError(f"it cannot be traced: {error.strerror}"))
+        return session.ioctl(thread, context.ctx, *call)
+    session.injection = injection
+    rc = -errno.EIO
+    try:
+        session.reply(unique, abi.IOCTL_OUT.pack(0, 0, 0, 0))
+        injection.begin()
+        rc = _stopped(session, thread, context, call)
+    except (GoneError, RefusedError, OSError) as error:
+        log.event(WARNING, "caller-lost", pid=thread.tid, why=str(error) or "killed")
+    finally:
+        injection.finish(rc)
+        session.injection = None
+    return None
+
+
+def _stopped(session: Session, thread: Thread, context: OpenContext, call: tuple[int, int]) -> int:
+    """While the thread is stopped. GoneError, OSError."""
+    injection = session.injection
+    assert injection is not None
+    number = -1
+    try:
+        number = injection.new_descriptor()
+        thread.files.offer(number, injection.slot, None)
+    except RefusedError as refused:
+        _refuse(session, thread, refused)
+    session.clock.now += 1
+    rc = session.ioctl(thread, context.ctx, *call)
+    if number >= 0 and not thread.files.installed:
+        injection.close(number)
+    return rc
+
+
+def _refuse(session: Session, thread: Thread, why: RefusedError) -> None:
+    thread.files.offer(-1, None, why.error)
+    if why.error.errno != errno.EMFILE and session.server.ratelimit("no-descriptor"):
+        log.event(WARNING, "no-descriptor", pid=thread.tid, why=why)

@@ -1,0 +1,244 @@
+"""A mount: its /dev/fuse descriptor in the reactor, requests received and answered."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from logging import INFO
+from typing import TYPE_CHECKING, NamedTuple
+
+from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_SUMMARY
+from iommufdd.errors import IommufdError
+from iommufdd.server import log
+from iommufdd.server.seccomp.procfile import TargetFiles
+from iommufdd.server.seccomp.procmm import Clock, StaleError
+from iommufdd.server.seccomp.report import Report
+from iommufdd.server.seccomp.target import tgid_of
+
+from . import abi
+from .caller import MountProcess, Thread
+from .calls import Calls
+from .files import OUR_DEVICES, OpenFiles
+
+if TYPE_CHECKING:
+    from iommufdd.context import Context
+    from iommufdd.server.channel import Channel
+    from iommufdd.server.credentials import Peer, Virtual
+    from iommufdd.server.instance import Instance
+    from iommufdd.server.seccomp.target import Origin, Process
+    from iommufdd.server.serve import Server
+
+    from .files import Opened
+    from .inject import Injection
+
+MANY_THREADS = 256
+
+
+class Request(NamedTuple):
+    """A struct fuse_in_header, as far as it counts, and what follows it."""
+
+    opcode: int
+    unique: int
+    pid: int  # of the thread; 0 when it is not visible from where the mount was made
+    body: bytes
+
+
+class Config(NamedTuple):
+    """How a mount is to be served."""
+
+    dev: int  # st_dev of the file
+    container: bool  # as /dev/vfio/vfio
+    cautious: bool  # callers may be others than who mounted it
+    virtual: Virtual
+    origin: Origin
+
+
+class Session:
+    """One mount, until it is unmounted and nothing has it open any more. Serves processes as a Supervisor does."""
+
+    def __init__(self, server: Server, instance: Instance, peer: Peer, device: int, config: Config) -> None:
+        """Takes over `device`."""
+        self.server = server
+        self.reactor = server.reactor
+        self.instance = instance
+        self.machine = instance.machine
+        self.uid = peer.uid
+        self.config = config
+        self.origin, self.virtual = config.origin, config.virtual
+        self.clock = Clock()
+        self.files = TargetFiles(server.page_files, peer.uid, lambda inode: False, cautious=config.cautious)
+        self.processes: dict[int, Process] = {}
+        self.threads: dict[int, Thread] = {}
+        self.open_files = OpenFiles()
+        self.injection: Injection | None = None  # the one in work
+        self.report: Report | None = None
+        self.channel: Channel | None = None
+        self.device = device
+        self._deferred: list[Request] = []  # came while another needed the ptrace, and need it too
+        self._view = memoryview(bytearray(abi.REQUEST_ROOM))
+        self._target = (self._view,)
+        self._calls = Calls(self)
+        self._unmounted = False
+        os.set_blocking(device, False)
+        self.reactor.register(device, self, select.EPOLLIN)
+        server.supervisors.add(self)
+        OUR_DEVICES[config.dev] += 1
+
+    # ---- the keeper ----
+
+    def attach(self, channel: Channel, flags: int) -> None:
+        """Tell whoever mounted what they want to know (SUPERVISE_*), and hang up at the end."""
+        self.channel, channel.supervisor = channel, self
+        explain, summary = bool(flags & SUPERVISE_EXPLAIN), bool(flags & SUPERVISE_SUMMARY)
+        if explain or summary:
+            self.report = Report(channel.say, explain=explain, summary=summary)
+
+    def detach(self) -> None:
+        """The keeper is gone; who has the file open is served until it is closed."""
+        self.channel = None
+
+    def close(self, why: str = "shutdown") -> None:
+        if self.device < 0:
+            return
+        self.reactor.unregister(self.device)
+        os.close(self.device)
+        self.device = -1
+        OUR_DEVICES[self.config.dev] -= 1
+        for fh in list(self.open_files.by_fh):
+            self.release(fh)
+        for process in list(self.processes.values()):
+            self.forget_process(process)
+        self.server.supervisors.discard(self)
+        log.event(INFO, "mount-closed", uid=self.uid, why=why)
+        if self.channel is not None:
+            if self.report is not None:
+                self.report.end()
+            self.channel.close(why)
+        self.server.channel_closed()
+
+    # ---- requests ----
+
+    def ready(self, mask: int) -> None:
+        self.pump()
+        while self._deferred and not self._unmounted:
+            self._dispatch(self._deferred.pop(0))
+        if self._unmounted:
+            self.close("unmounted")
+
+    def pump(self) -> bool:
+        """Answer the next request; False if there is none."""
+        try:
+            size = os.readv(self.device, self._target)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINTR):  # withdrawn
+                return True
+            self._unmounted = True  # ENODEV
+            return False
+        _, opcode, unique, _, _, _, pid, _, _ = abi.IN_HEADER.unpack_from(self._view)
+        self._dispatch(Request(opcode, unique, pid, bytes(self._view[abi.IN_HEADER.size : size])))
+        return True
+
+    def defer(self, request: Request) -> None:
+        """Later: the tracer is busy."""
+        self._deferred.append(request)
+
+    def _dispatch(self, request: Request) -> None:
+        self.clock.now += 1
+        try:
+            answer = self._calls.handle(request)
+        except IommufdError as error:
+            answer = -error.errno
+        except (OSError, StaleError) as error:
+            self._unreachable(request.pid, error)
+            answer = -errno.EACCES
+        except Exception as error:
+            log.bug(error, uid=self.uid, pid=request.pid)
+            answer = -errno.EIO
+        if self.files.offered:
+            self.files.end()
+        if answer is not None:
+            self.reply(request.unique, answer)
+
+    def reply(self, unique: int, answer: bytes | int) -> bool:
+        """What follows the header, or minus an errno; False when nobody waits for it any more."""
+        data, error = (answer, 0) if isinstance(answer, bytes) else (b"", answer)
+        try:
+            os.write(self.device, abi.OUT_HEADER.pack(abi.OUT_HEADER.size + len(data), error, unique) + data)
+        except OSError:
+            return False
+        return True
+
+    def poll_wakeup(self, opened: Opened) -> None:
+        """The poll mask of a file has changed: whoever waits asks again (FUSE_NOTIFY_POLL)."""
+        if not opened.kh:
+            return
+        size = abi.OUT_HEADER.size + abi.POLL_WAKEUP_OUT.size
+        try:
+            os.write(self.device, abi.OUT_HEADER.pack(size, abi.NOTIFY_POLL, 0) + abi.POLL_WAKEUP_OUT.pack(opened.kh))
+        except OSError:
+            pass
+
+    def release(self, fh: int) -> None:
+        """The last descriptor of a file is closed."""
+        opened = self.open_files.by_fh.get(fh)
+        if opened is not None and self.report is not None and opened.file is opened.context.ctx:
+            self.report.closed(opened.context.ctx)
+        self.open_files.release(fh)
+
+    def ioctl(self, thread: Thread, ctx: Context, cmd: int, arg: int) -> int:
+        """The result, or minus an errno. StaleError."""
+        if self.report is None:
+            rc = ctx.ioctl(thread.caller, cmd, arg)
+        else:
+            rc = self.report.ioctl(thread, ctx, cmd, arg)
+        thread.caller.error = None  # it keeps the frames of the call alive
+        return rc
+
+    # ---- who calls ----
+
+    def thread(self, tid: int) -> Thread:
+        """A caller; it waits for us, so what is found by its number is its own. OSError, EMFILE."""
+        thread = self.threads.get(tid)
+        if thread is not None and not thread.process.shares_mm and thread.alive and thread.process.mm.mem >= 0:
+            return thread
+        return self.look_up(tid)
+
+    def look_up(self, tid: int) -> Thread:
+        """A caller not seen before, or after exec. OSError, EMFILE."""
+        self._forget_thread(tid)
+        if not tid:
+            raise ProcessLookupError(errno.ESRCH, "not visible in the pid namespace of the mount")
+        tgid = tgid_of(tid)
+        process = self.processes.get(tgid)
+        if process is not None and process.ended:
+            self.forget_process(process)
+            process = None
+        if process is None:
+            process = self.processes[tgid] = MountProcess(self, tgid)
+        else:
+            process.renew()
+        thread = self.threads[tid] = Thread(self, process, tid)
+        if len(self.threads) > MANY_THREADS:
+            for other in [other for other in self.threads.values() if not other.alive]:
+                self._forget_thread(other.tid)
+        return thread
+
+    def _forget_thread(self, tid: int) -> None:
+        thread = self.threads.pop(tid, None)
+        if thread is not None:
+            thread.close()
+
+    def forget_process(self, process: Process) -> None:
+        """It has ended."""
+        for tid in [tid for tid, thread in self.threads.items() if thread.process is process]:
+            self._forget_thread(tid)
+        if self.processes.get(process.tgid) is process:
+            del self.processes[process.tgid]
+        process.close()
+
+    def _unreachable(self, tid: int, error: Exception) -> None:
+        if self.server.ratelimit("unreachable"):
+            log.event(INFO, "caller-unreachable", pid=tid, why=error)

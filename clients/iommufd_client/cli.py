@@ -111,7 +111,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "run", "show"],
+        "commands": ["demo", "doctor", "ioctls", "mount", "run", "show"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -156,9 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from .run_options import add
+    from . import mount_options, run_options
 
-    add(command)
+    run_options.add(command)
+    mount_options.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 

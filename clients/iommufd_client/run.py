@@ -56,7 +56,7 @@ def run(options: Options) -> int:
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
     fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    connection, daemon = _connect(options) if options.socket_path else _spawn()
+    connection, daemon = connect(options.socket_path) if options.socket_path else spawn()
     try:
         child, ours = _start(options, numbers, base)
         try:
@@ -90,17 +90,18 @@ def _base() -> int:
 # ---- the daemon ----
 
 
-def _connect(options: Options) -> tuple[socket.socket, None]:
+def connect(path: str) -> tuple[socket.socket, None]:
+    """A daemon that runs. RunError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.connect(options.socket_path)
+        connection.connect(path)
     except OSError as error:
         connection.close()
-        raise RunError(f"no daemon answers at {options.socket_path}: {error.strerror}") from None
+        raise RunError(f"no daemon answers at {path}: {error.strerror}") from None
     return connection, None
 
 
-def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """A private daemon, which ends when its connections and processes have; out of reach of the terminal."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("LISTEN_", "NOTIFY_"))}
@@ -161,18 +162,18 @@ def _start(options: Options, numbers: seccomp.Syscalls, base: int) -> tuple[int,
         ours.close()
         _become(options.command, numbers, code, theirs, parent)
     except FileNotFoundError:
-        _complain(f"{options.command[0]}: command not found")
+        complain(f"{options.command[0]}: command not found")
     except OSError as error:
         status = NOT_EXECUTABLE
-        _complain(f"{options.command[0]}: {error.strerror}")
+        complain(f"{options.command[0]}: {error.strerror}")
     except BaseException as error:
-        _complain(str(error))
+        complain(str(error))
     finally:
         os._exit(status)
     raise AssertionError
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     os.write(2, f"iommufdctl: {text}\n".encode())
 
 

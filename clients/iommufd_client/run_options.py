@@ -54,7 +54,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
     parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
     parser.add_argument(
-        "--caller", type=_caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below"
+        "--caller", type=caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below"
     )
     parser.add_argument(
         "--proc",
@@ -74,7 +74,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.set_defaults(run=_run)
 
 
-def _caller(text: str) -> str:
+def caller(text: str) -> str:
     """What the daemon would refuse without saying why."""
     for part in filter(None, text.split(",")):
         if not re.fullmatch(r"[ug]id=\d+|caps=[a-z_+]*|memlock=(\d+|unlimited)", part, re.IGNORECASE):

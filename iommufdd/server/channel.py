@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .serve import Server
 
 PACKETS_AFTER_HANG_UP = 32  # a turn, of those still in the queue
-PACKETS_ALONE = 32  # a turn of the only channel
+PACKETS_ALONE = 16  # a turn of the only channel; others wait that many milliseconds at most
 ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 CUT_OFF = socket.MSG_CTRUNC | socket.MSG_TRUNC
 WAIT = 0x4000_0000  # MSG_CMSG_CLOEXEC of include/linux/socket.h; no constant of Python's

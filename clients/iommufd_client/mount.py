@@ -1,0 +1,259 @@
+"""Room client: `iommufdctl mount PATH`. A FUSE file over PATH is /dev/iommu; a daemon answers for it.
+
+We mount, hand the /dev/fuse descriptor to the daemon and keep no copy: if the daemon dies, the kernel ends the mount
+(ENOTCONN) instead of letting callers wait.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import namespace, run
+from .keeper import RunError, check_welcome
+
+if TYPE_CHECKING:
+    import subprocess
+
+MOUNT = 4  # the hello's kind
+EXPLAIN, SUMMARY, OTHERS, CONTAINER = 1, 2, 8, 16
+DEV_FUSE = "/dev/fuse"
+MAX_READ = 40 * 3072  # whole records of a fault queue; less than FUSE's 32 pages
+AT_FDCWD, AT_STATX_DONT_SYNC = -100, 0x4000
+SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
+FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+PATIENCE = 30.0  # seconds for the daemon to say its last words
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    path: str
+    command: list[str]
+    machine: str = ""
+    socket_path: str = ""  # of a daemon that runs already; else a private one is started
+    caller: str = ""
+    explain: bool = False
+    summary: bool = False
+
+
+def mount(options: Options) -> int:
+    """Mount, and stay until told to stop or until CMD has ended; the exit status. RunError, OSError."""
+    if not os.access(DEV_FUSE, os.R_OK | os.W_OK):
+        raise RunError(f"{DEV_FUSE} cannot be opened: modprobe fuse, or mode 0666 for it")
+    if not options.command and os.geteuid():
+        raise RunError("only root can mount for everybody; others give a command: iommufdctl mount PATH -- CMD")
+    connection, daemon = _connect(options)
+    try:
+        return _command(options, connection) if options.command else _everybody(options, connection)
+    finally:
+        connection.close()
+        if daemon is not None and not daemon.returncode and not options.command:
+            daemon.poll()
+
+
+def _connect(options: Options) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
+    return run.connect(options.socket_path) if options.socket_path else run.spawn()
+
+
+def _hand_over(connection: socket.socket, options: Options, device: int, dev: int, flags: int) -> None:
+    """The hello, and the daemon's answer. RunError."""
+    flags |= EXPLAIN * options.explain | SUMMARY * options.summary
+    flags |= CONTAINER * (os.path.basename(options.path) == "vfio")
+    hello = run.HELLO.pack(run.MAGIC, run.VERSION, MOUNT, flags, 0, dev, 0, options.machine.encode(), b"")
+    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device])
+    try:
+        connection.sendmsg([hello + options.caller.encode()], [rights])
+        check_welcome(connection.recv(4096))
+    except OSError as error:
+        raise RunError(f"the daemon went away: {error.strerror}") from None
+
+
+def _mount_file(path: str) -> tuple[int, int]:
+    """Mount over a file; /dev/fuse, and st_dev of what is there now. OSError."""
+    device = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return device, _mounted(device, path)
+    except BaseException:
+        os.close(device)
+        raise
+
+
+def _mounted(device: int, path: str) -> int:
+    options = f"fd={device},rootmode=100666,user_id=0,group_id=0,allow_other,max_read={MAX_READ}"
+    namespace.mount("iommufd", path, "fuse.iommufd", namespace.MS_NOSUID | namespace.MS_NODEV, options)
+    found = (ctypes.c_uint32 * 64)()  # struct statx; nobody answers for the file yet, so nothing may be asked
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statx(AT_FDCWD, os.fsencode(path), AT_STATX_DONT_SYNC, 0, found) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return os.makedev(found[34], found[35])
+
+
+# ---- for everybody ----
+
+
+def _everybody(options: Options, connection: socket.socket) -> int:
+    path = os.path.abspath(options.path)
+    made = _make_file(path)
+    try:
+        device, dev = _mount_file(path)
+    except OSError as error:
+        if made:
+            os.unlink(path)
+        raise RunError(f"cannot mount on {path}: {error.strerror}") from None
+    try:
+        try:
+            _hand_over(connection, options, device, dev, OTHERS)
+        finally:
+            os.close(device)
+        print(f"{path} is ready; SIGINT or SIGTERM ends it", flush=True)
+        return _until_told(connection)
+    finally:
+        namespace.unmount(path)
+        if made:
+            os.unlink(path)
+
+
+def _make_file(path: str) -> bool:
+    """An empty file to mount on, unless there is one. OSError."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _until_told(connection: socket.socket) -> int:
+    ended = threading.Event()
+
+    def relay() -> None:
+        _relay(connection)
+        ended.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    told = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, told)
+    threading.Thread(target=relay, daemon=True).start()
+    signal.sigwait(told)
+    if ended.is_set():
+        sys.stderr.write("iommufdctl: the daemon is gone\n")
+        return 1
+    return 0
+
+
+def _relay(connection: socket.socket) -> None:
+    """Print what the daemon says, to its end."""
+    while True:
+        try:
+            text = connection.recv(65_536)
+        except OSError:
+            return
+        if not text:
+            return
+        sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
+        sys.stderr.flush()
+
+
+# ---- for one command ----
+
+
+def _command(options: Options, connection: socket.socket) -> int:
+    """CMD in a mount namespace of its own, and a user namespace unless we are root; its exit status."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        ours.close()
+        connection.close()
+        _be_child(options, theirs, parent)
+    theirs.close()
+    try:
+        device, dev = _receive(ours)
+        try:
+            _hand_over(connection, options, device, dev, 0)
+        finally:
+            os.close(device)
+        ours.send(b"go")
+    except BaseException:
+        ours.close()
+        os.waitpid(child, 0)
+        raise
+    ours.close()
+    relay = threading.Thread(target=_relay, args=(connection,), daemon=True)
+    relay.start()
+    status = _wait(child)
+    if options.explain or options.summary:
+        relay.join(PATIENCE)
+    return status if status >= 0 else 128 - status
+
+
+def _receive(ours: socket.socket) -> tuple[int, int]:
+    """The child's /dev/fuse, mounted, and its st_dev. RunError."""
+    data, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, rights in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return array.array("i", rights)[0], int(data)
+    raise RunError(data.decode() or "CMD was not started")
+
+
+def _wait(child: int) -> int:
+    """Until CMD has ended; signals go on to it."""
+    while True:
+        info = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        if info.si_signo != signal.SIGCHLD:
+            if info.si_code != SI_KERNEL:  # else CMD has it already
+                os.kill(child, info.si_signo)
+            continue
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+
+
+def _be_child(options: Options, theirs: socket.socket, parent: int) -> None:
+    """Never returns."""
+    status = run.NOT_FOUND
+    try:
+        _become(options, theirs, parent)
+    except FileNotFoundError:
+        run.complain(f"{options.command[0]}: command not found")
+    except PermissionError as error:
+        status = run.NOT_EXECUTABLE
+        run.complain(f"{options.command[0]}: {error.strerror}")
+    except BaseException as error:
+        run.complain(str(error))
+    finally:
+        os._exit(status)
+
+
+def _become(options: Options, theirs: socket.socket, parent: int) -> None:
+    """The namespaces, the mount, and exec when the daemon serves it. OSError."""
+    libc = ctypes.CDLL(None)
+    path = os.path.abspath(options.path)
+    try:
+        namespace.enter()
+        namespace.make_place(path)
+        device, dev = _mount_file(path)
+    except OSError as error:
+        theirs.send(f"no private mount on {path}: {error.strerror or error}".encode())
+        os._exit(1)
+    theirs.sendmsg([b"%d" % dev], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
+    os.close(device)
+    if theirs.recv(16) != b"go":
+        os._exit(1)
+    theirs.close()
+    libc.prctl(run.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED | {signal.SIGCHLD})
+    os.execvp(options.command[0], options.command)

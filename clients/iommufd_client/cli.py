@@ -46,13 +46,30 @@ examples:
 """
 
 DOCTOR = """\
-Check what iommufdd needs on this host. Everything is tried, nothing is changed. 'note' marks what is optional,
-'FAIL' what is not; with a FAIL the exit status is 1."""
+Check what iommufdd needs on this host: first what everything needs, then 'iommufdctl run' and 'iommufdctl mount'. All
+of it is tried, nothing is changed. With CMD: which way that program gets a /dev/iommu, why, and the line to type."""
 
 DOCTOR_EPILOG = """\
+verdicts:
+  ok     works
+  note   optional: something is slower, or one kind of program is not served
+  FAIL   iommufdctl run does not work here; the line with -> says what to do about it
+
+CMD:
+  It is looked for on PATH and read, not started. 'by run' is a seccomp filter, for static, dynamic and Go
+  programs and scripts of this machine; 'by mount' is a file mounted over /dev/iommu, for programs that gain
+  privileges by exec, and for 32-bit ones. What a program will do cannot be seen: those that stat() the node, open
+  it with O_RDONLY or by io_uring, or listen to seccomp themselves are not served by run.
+
+exit status:
+  0 if run works here, 1 if not; with CMD 0 if there is a way for it, 1 if not; 2 for wrong usage
+
 examples:
   iommufdctl doctor
   iommufdctl doctor --json | jq '.[] | select(.verdict != "ok")'
+  iommufdctl doctor qemu-system-x86_64
+  iommufdctl doctor -- ./my-test --verbose
+  iommufdctl doctor --json ping | jq -r '.way, .reason'     run, mount or none
 """
 
 IOCTLS = """\
@@ -149,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", "what works on this host", DOCTOR, DOCTOR_EPILOG)
     _socket_path(doctor)
     _json(doctor)
+    doctor.usage = "iommufdctl doctor [options] [[--] CMD [ARG...]]"
+    doctor.add_argument("words", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     doctor.set_defaults(run=_doctor)
 
     ioctls = command("ioctls", "the ioctls, their structs and pointers", IOCTLS, IOCTLS_EPILOG)
@@ -213,21 +232,10 @@ def _show(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from .connection import default_socket_path
-    from .doctor import FAIL, OK, examine
-    from .show import BOLD, GREEN, RED, YELLOW
+    from .doctor_show import report
 
-    findings = examine(args.socket_path or default_socket_path())
-    status = 1 if any(finding.verdict == FAIL for finding in findings) else 0
-    if args.json:
-        _print_json([finding._asdict() for finding in findings])
-        return status
-    paint, width = _paint(), max(len(finding.topic) for finding in findings)
-    for finding in findings:
-        mark, colour = {OK: ("ok  ", GREEN), FAIL: ("FAIL", RED)}.get(finding.verdict, ("note", YELLOW))
-        print(f"{paint(mark, colour)}  {paint(finding.topic.ljust(width), BOLD)}  {finding.seen}")
-        if finding.advice:
-            print(f"      {'':{width}}  -> {finding.advice}")
-    return status
+    words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    return report(args.socket_path or default_socket_path(), words, as_json=args.json, paint=_paint())
 
 
 def _ioctls(args: argparse.Namespace) -> int:

@@ -13,13 +13,10 @@ import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from . import namespace, run
 from .keeper import RunError, check_welcome
-
-if TYPE_CHECKING:
-    import subprocess
 
 MOUNT = 4  # the hello's kind
 EXPLAIN, SUMMARY, OTHERS, CONTAINER = 1, 2, 8, 16
@@ -49,17 +46,10 @@ def mount(options: Options) -> int:
         raise RunError(f"{DEV_FUSE} cannot be opened: modprobe fuse, or mode 0666 for it")
     if not options.command and os.geteuid():
         raise RunError("only root can mount for everybody; others give a command: iommufdctl mount PATH -- CMD")
-    connection, daemon = _connect(options)
-    try:
+    # A private daemon ends when the mount has: nobody waits for it.
+    connection, _ = run.connect(options.socket_path) if options.socket_path else run.spawn()
+    with connection:
         return _command(options, connection) if options.command else _everybody(options, connection)
-    finally:
-        connection.close()
-        if daemon is not None and not daemon.returncode and not options.command:
-            daemon.poll()
-
-
-def _connect(options: Options) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
-    return run.connect(options.socket_path) if options.socket_path else run.spawn()
 
 
 def _hand_over(connection: socket.socket, options: Options, device: int, dev: int, flags: int) -> None:
@@ -87,7 +77,8 @@ def _mount_file(path: str) -> tuple[int, int]:
 
 def _mounted(device: int, path: str) -> int:
     options = f"fd={device},rootmode=100666,user_id=0,group_id=0,allow_other,max_read={MAX_READ}"
-    namespace.mount("iommufd", path, "fuse.iommufd", namespace.MS_NOSUID | namespace.MS_NODEV, options)
+    flags = namespace.MS_NOSUID | namespace.MS_NODEV | namespace.MS_NOEXEC  # as a PROT_EXEC mapping gets EPERM there
+    namespace.mount("iommufd", path, "fuse.iommufd", flags, options)
     found = (ctypes.c_uint32 * 64)()  # struct statx; nobody answers for the file yet, so nothing may be asked
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.statx(AT_FDCWD, os.fsencode(path), AT_STATX_DONT_SYNC, 0, found) < 0:

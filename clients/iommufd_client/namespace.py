@@ -7,7 +7,7 @@ import os
 import stat
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x0002_0000, 0x1000_0000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,10 +32,10 @@ def unmount(path: str) -> None:
 
 
 def enter() -> None:
-    """A mount namespace of our own; not for root, also a user namespace in which we are root. OSError."""
+    """A mount namespace of our own; without the right to it, also a user namespace in which we are root. OSError."""
     uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(CLONE_NEWNS | (CLONE_NEWUSER if uid else 0)), "a new namespace")
-    if uid:
+    if _libc.unshare(CLONE_NEWNS) < 0:
+        _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "a new user namespace")
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"0 {uid} 1")
         _write("/proc/self/gid_map", f"0 {gid} 1")
@@ -50,7 +50,11 @@ def _write(path: str, text: str) -> None:
 def make_place(path: str) -> None:
     """A file to mount on. Where there is none, the folder is replaced by a copy that has one. OSError."""
     if not os.path.exists(path):
-        _mirror(os.path.dirname(path))
+        folder = os.path.dirname(path)
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        _mirror(folder)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
 
 

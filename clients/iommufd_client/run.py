@@ -52,7 +52,7 @@ def run(options: Options) -> int:
     numbers = seccomp.native()
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
-    base = options.fd_base or _base()
+    base = options.fd_base or fd_base()
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
     fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
@@ -79,7 +79,7 @@ def run(options: Options) -> int:
         raise
 
 
-def _base() -> int:
+def fd_base() -> int:
     """The lowest number for descriptors that the daemon installs: high, so that read() of others is not notified."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft >= BASE + ROOM:

@@ -99,6 +99,16 @@ def test_what_comes_before_the_offending_area_has_been_copied() -> None:
     assert c.access_read(fd, 0x4FFE, 2) == b"ab"
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_copy_goes_over_several_areas(slow: bool) -> None:
+    c = Client()
+    fd = c.access(mapped(c, (0x4000, 0x1000), (0x5000, 0x1000), (0x6000, 0x2000)))
+    data = bytes(n % 251 for n in range(0x2800))
+    c.access_write(fd, 0x4800, data, slow=slow)
+    assert c.world.memfds[0].pread(0x800, 0x2800) == data
+    assert c.access_read(fd, 0x4800, 0x2800, slow=slow) == data
+
+
 def test_unmap_tells_every_access_of_the_ioas() -> None:
     c = Client()
     ioas, other = mapped(c, (0x4000, 0x2000)), mapped(c, (0x4000, 0x2000))

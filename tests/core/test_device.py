@@ -153,6 +153,10 @@ def test_what_the_mock_says() -> None:
     assert (cmd.data_len, cmd.out_max_pasid_log2) == (8, test_uapi.MOCK_PASID_WIDTH)
     assert cmd.out_capabilities == uapi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
     assert c.mm.read(DATA, 6) == test_uapi.TestHwInfo(0, test_uapi.IOMMU_HW_INFO_SELFTEST_REGVAL).pack()[:6]
+    c.process.put(b"\xee" * 16)
+    c.ioctl(uapi.HwInfo(dev_id=mock.idev, data_len=11, data_uptr=DATA))
+    info = test_uapi.TestHwInfo(0, test_uapi.IOMMU_HW_INFO_SELFTEST_REGVAL).pack()
+    assert c.mm.read(DATA, 16) == info + bytes(3) + b"\xee" * 5
     flags = uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE
     c.ioctl(uapi.HwInfo(flags=flags, dev_id=mock.idev, data_type=uapi.IOMMU_HW_INFO_TYPE_AMD), errno.EOPNOTSUPP)
     c.ioctl(uapi.HwInfo(flags=flags, dev_id=mock.idev, data_type=test_uapi.IOMMU_HW_INFO_TYPE_SELFTEST))

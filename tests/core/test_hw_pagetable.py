@@ -233,6 +233,21 @@ def test_a_viommu_copies_all_before_it_does_any() -> None:
     c.test(test_uapi.CheckDevCache(1, 0), id=made.idev)
 
 
+@pytest.mark.parametrize(
+    ("flags", "entry", "expect"), [(2, 0, errno.EOPNOTSUPP), (0, 4, errno.EINVAL), (1, 4, errno.EINVAL)]
+)
+def test_a_viommu_counts_what_it_did(flags: int, entry: int, expect: int) -> None:
+    c = Client()
+    ioas, made = mock(c)
+    viommu = c.viommu(made.idev, c.hwpt(made.idev, ioas, NEST_PARENT))
+    c.vdevice(viommu, made.idev, 7)
+    good = [test_uapi.ViommuInvalidateSelftest(0, 7, n).pack() for n in (0, 3)]
+    bad = test_uapi.ViommuInvalidateSelftest(flags, 7, entry).pack()
+    assert invalidate(c, viommu, *good, bad, good[0], expect=expect) == 2
+    for n, value in enumerate((0, test_uapi.IOMMU_TEST_DEV_CACHE_DEFAULT, test_uapi.IOMMU_TEST_DEV_CACHE_DEFAULT, 0)):
+        c.test(test_uapi.CheckDevCache(n, value), id=made.idev)
+
+
 def test_the_core_checks_before_any_driver() -> None:
     c = Client()
     ioas, made = mock(c)

@@ -1,7 +1,7 @@
 """Where automatic mappings go, beside the kernel's loop written down literally (io_pagetable.c:iopt_alloc_iova)."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -13,7 +13,7 @@ from iommufdd.spans import Span, SpanSet
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
 
 from . import naive
-from .harness import Client
+from .harness import APERTURE, Client
 
 KIB = 1024
 MIB = 1 << 20
@@ -38,6 +38,7 @@ class AutomaticIova(RuleBasedStateMachine):
         self.client = Client()
         self.iopt = IoPagetable()
         self.pages = UserPages(self.client.caller, 0, PAGE_SIZE, writable=True)
+        self.kinds: list[tuple[int, int]] = []  # of allocations
 
     @initialize(crowded=st.booleans())
     def crowd(self, crowded: bool) -> None:
@@ -54,6 +55,13 @@ class AutomaticIova(RuleBasedStateMachine):
     @rule(iova=where, length=size)
     def map(self, iova: int, length: int) -> None:
         self.insert(iova, length)
+
+    @rule(n=st.integers(0, 31), length=tiny)
+    def nibble(self, n: int, length: int) -> None:
+        """Take the first bytes behind an area."""
+        areas = list(self.iopt.areas)
+        if areas and areas[n % len(areas)].last < ULONG_MAX:
+            self.insert(areas[n % len(areas)].last + 1, length)
 
     @rule(n=st.integers(0, 31))
     def unmap(self, n: int) -> None:
@@ -93,12 +101,47 @@ class AutomaticIova(RuleBasedStateMachine):
         except IommufdError as error:
             found = -error.errno
         assert found == expected
+        self.kinds.append((at, length))
         if take and found >= 0:
             self.insert(found, length)
+
+    @rule(n=st.integers(0, 3), take=st.booleans())
+    def allocate_again(self, n: int, take: bool) -> None:
+        """What was asked for before."""
+        if n < len(self.kinds):
+            self.allocate(*self.kinds[-1 - n], take=take)
 
 
 TestAutomaticIova = AutomaticIova.TestCase
 TestAutomaticIova.settings = settings(max_examples=150, stateful_step_count=25)
+
+
+@settings(max_examples=200)
+@given(
+    holes=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 10)), min_size=1, max_size=4),
+    at=st.sampled_from([0x800, 0xA00, 0xC00, 0x600, 0x100, 0]),
+    length=st.sampled_from([1, 2, 0x100]),
+    bites=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=4),
+    free=st.integers(0, 9),
+)
+def test_holes_that_change_between_two_searches(
+    holes: list[tuple[int, int]], at: int, length: int, bites: list[tuple[int, int]], free: int
+) -> None:
+    """Each loses bytes at its front, in units of 256, and in the end an area between them goes."""
+    table = AutomaticIova()
+    table.insert(PAGE_SIZE, DENSE - PAGE_SIZE)
+    edge, fronts = DENSE, []
+    for gap, room in holes:
+        table.insert(edge, gap * 256)
+        fronts.append(edge + gap * 256)
+        edge += (gap + room) * 256
+    table.allocate(at, length, take=False)
+    for n, bite in bites:
+        table.insert(fronts[n % len(fronts)], bite * 256)
+        fronts[n % len(fronts)] += bite * 256
+        table.allocate(at, length, take=False)
+    table.unmap(free)
+    table.allocate(at, length, take=False)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +157,24 @@ TestAutomaticIova.settings = settings(max_examples=150, stateful_step_count=25)
 )
 def test_the_first_fit(at: int, length: int, iova: int) -> None:
     assert IoPagetable().alloc_iova(at, length) == iova
+
+
+def test_what_becomes_free_is_found_again() -> None:
+    c = Client()
+    ioas = c.ioas_alloc()
+    mock = c.mock_domain(ioas)
+    buffer = c.process.buffer(1)
+    first, second, third = (c.map(ioas, buffer, PAGE_SIZE) for _ in range(3))
+    assert (first, second, third) == (APERTURE, APERTURE + PAGE_SIZE, APERTURE + 2 * PAGE_SIZE)
+    c.unmap(ioas, second, PAGE_SIZE)
+    assert c.map(ioas, buffer, PAGE_SIZE) == second
+    assert c.map(ioas, buffer, PAGE_SIZE) == third + PAGE_SIZE
+    c.destroy(mock.stdev)  # and with it what lies below the aperture
+    assert c.map(ioas, buffer, PAGE_SIZE) == PAGE_SIZE
+    c.allow(ioas, (0x200000, 0x2FFFFF))
+    assert c.map(ioas, buffer, PAGE_SIZE) == 0x200000
+    c.allow(ioas)
+    assert c.map(ioas, buffer, PAGE_SIZE) == 2 * PAGE_SIZE
 
 
 def test_fixed_mappings_do_not_obey_what_is_allowed() -> None:

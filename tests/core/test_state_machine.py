@@ -11,4 +11,4 @@ class Everything(IoasRules, DeviceRules):
 
 
 TestEverything = Everything.TestCase
-TestEverything.settings = settings(max_examples=60, stateful_step_count=60)
+TestEverything.settings = settings(max_examples=120, stateful_step_count=60)

@@ -178,10 +178,10 @@ class Calls:
 
 
 def _gives_descriptor(thread: Thread, cmd: int, arg: int) -> bool | None:
-    """Whether the descriptor that an ioctl gives must be known when it comes back; None if it gives none."""
+    """Whether the descriptor that an ioctl gives must be known when it comes back; None if it gives none. StaleError."""
+    if cmd != TestCmd.CMD and cmd not in EVENT_QUEUES:
+        return None
+    head = thread.caller.memory.read(arg, 8)
     if cmd in EVENT_QUEUES:
         return False
-    if cmd != TestCmd.CMD:
-        return None
-    op = int.from_bytes(thread.caller.memory.read(arg, 8)[4:8], "little")
-    return True if op in TEST_OPS else None
+    return True if int.from_bytes(head[4:8], "little") in TEST_OPS else None

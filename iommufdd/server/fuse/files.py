@@ -125,5 +125,3 @@ class MountDescriptors:
         slot.file = file
         if isinstance(file, EventqFile):
             file.on_change = lambda: self.session.poll_wakeup(slot)
-
-

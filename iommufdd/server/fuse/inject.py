@@ -20,7 +20,20 @@ from iommufdd.errors import EMFILE, EOPNOTSUPP, IommufdError
 from iommufdd.server import log
 
 from . import abi
-from .ptrace import CS, RAX, RDI, RIP, SYSCALL_INSN, SYSCALL_STOP, USER_CS, WORD, GoneError, Tracee, call_registers
+from .ptrace import (
+    CS,
+    ORIG_RAX,
+    RAX,
+    RDI,
+    RIP,
+    SYSCALL_INSN,
+    SYSCALL_STOP,
+    USER_CS,
+    WORD,
+    GoneError,
+    Tracee,
+    call_registers,
+)
 
 if TYPE_CHECKING:
     from iommufdd.server.instance import OpenContext
@@ -29,7 +42,7 @@ if TYPE_CHECKING:
     from .files import Opened
     from .session import Session
 
-CLOSE, LSEEK, MMAP, MUNMAP, OPENAT = 3, 8, 9, 11, 257  # x86-64
+CLOSE, LSEEK, MMAP, MUNMAP, IOCTL, OPENAT = 3, 8, 9, 11, 16, 257  # x86-64
 AT_FDCWD = -100
 PAGE = 4096
 PATIENCE = 2.0  # seconds for the thread to come to a stop, when the host is overloaded
@@ -43,6 +56,10 @@ class RefusedError(Exception):
         super().__init__(why)
         full = number in (errno.EMFILE, errno.ENFILE)
         self.error: IommufdError = EMFILE(why) if full else EOPNOTSUPP(f"no descriptor for the caller: {why}")
+
+
+class StuckError(Exception):
+    """A thread did not stop in time (it is frozen, or the host is)."""
 
 
 class Injection:
@@ -64,7 +81,7 @@ class Injection:
         return self.slot
 
     def begin(self) -> None:
-        """The request has been answered; the thread stops. GoneError, RefusedError, OSError."""
+        """The request has been answered; the thread stops. GoneError, StuckError, OSError."""
         self._stop()
         self._tracee.block_signals()
         self._registers = self._tracee.registers()
@@ -72,7 +89,8 @@ class Injection:
     def new_descriptor(self) -> int:
         """Its number in the thread. RefusedError, GoneError, OSError."""
         mm, registers = self.thread.process.mm, self._registers
-        if registers[CS] != USER_CS or os.pread(mm.mem, 2, registers[RIP] - 2) != SYSCALL_INSN:
+        instruction = os.pread(mm.mem, len(SYSCALL_INSN), registers[RIP] - len(SYSCALL_INSN))
+        if registers[CS] != USER_CS or registers[ORIG_RAX] != IOCTL or instruction != SYSCALL_INSN:
             raise RefusedError("the call was not made by the instruction syscall")
         page = self._call(MMAP, 0, PAGE, 3, 0x22, -1, 0)  # PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
         if page in ERRORS:
@@ -105,8 +123,19 @@ class Injection:
                 pass  # it has been killed
         self._tracee.let_go()
 
+    def freed(self) -> bool:
+        """A thread that did not stop in time: let it go if it has by now. Its ioctl returns EIO."""
+        try:
+            if not self._tracee.stopped():
+                return False
+            self._registers = self._registers or self._tracee.registers()
+        except (GoneError, OSError):
+            return True
+        self.finish(-errno.EIO)
+        return True
+
     def _call(self, number: int, *args: int) -> int:
-        """The result of a system call. GoneError, RefusedError, OSError."""
+        """The result of a system call. GoneError, StuckError, OSError."""
         self._tracee.set_registers(call_registers(self._registers, number, args))
         for _ in ("begin", "end"):
             self._tracee.resume()
@@ -118,13 +147,13 @@ class Injection:
         return result - (1 << 64) if result >> 63 else result
 
     def _stop(self) -> int:
-        """Wait for a stop, and answer requests meanwhile: one of them is its own. GoneError, RefusedError."""
+        """Wait for a stop, and answer requests meanwhile: one of them is its own. GoneError, StuckError."""
         end = time.monotonic() + PATIENCE
         while not (kind := self._tracee.stopped()):
             if not self.session.pump():
                 os.sched_yield()
                 if time.monotonic() > end:
-                    raise RefusedError("the thread does not stop")
+                    raise StuckError("the thread does not stop")
         return kind
 
 
@@ -145,11 +174,18 @@ def ioctl_with_descriptor(
         session.reply(unique, abi.IOCTL_OUT.pack(0, 0, 0, 0))
         injection.begin()
         rc = _stopped(session, thread, context, call)
-    except (GoneError, RefusedError, OSError) as error:
+    except StuckError as error:
+        log.event(WARNING, "caller-lost", pid=thread.tid, why=error)
+        session.stuck.append(injection)
+        return None
+    except (GoneError, OSError) as error:
         log.event(WARNING, "caller-lost", pid=thread.tid, why=str(error) or "killed")
-    finally:
+    except Exception:
         injection.finish(rc)
+        raise
+    finally:
         session.injection = None
+    injection.finish(rc)
     return None
 
 

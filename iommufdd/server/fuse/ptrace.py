@@ -45,7 +45,7 @@ class Tracee:
         """OSError when it may not be traced, or is traced by another."""
         self.tid = tid
         self._buffer = ctypes.create_string_buffer(REGISTERS.size)
-        self._mask = ctypes.c_uint64()
+        self._mask: ctypes.c_uint64 | None = None  # its own, while every signal is blocked
         self._held: list[int] = []  # signals that cannot be blocked
         _check(PTRACE_SEIZE, tid, 0, PTRACE_O_TRACESYSGOOD)
         try:
@@ -68,9 +68,10 @@ class Tracee:
 
     def block_signals(self) -> None:
         """OSError."""
-        _check(PTRACE_GETSIGMASK, self.tid, 8, ctypes.addressof(self._mask))
-        every = ctypes.c_uint64(ALL_SIGNALS)
+        mask, every = ctypes.c_uint64(), ctypes.c_uint64(ALL_SIGNALS)
+        _check(PTRACE_GETSIGMASK, self.tid, 8, ctypes.addressof(mask))
         _check(PTRACE_SETSIGMASK, self.tid, 8, ctypes.addressof(every))
+        self._mask = mask
 
     def registers(self) -> list[int]:
         """OSError."""
@@ -92,7 +93,8 @@ class Tracee:
 
     def let_go(self) -> None:
         """Its own signal mask again, and on it goes. It may be gone."""
-        _ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.addressof(self._mask))
+        if self._mask is not None:
+            _ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.addressof(self._mask))
         _ptrace(PTRACE_DETACH, self.tid, 0, 0)
         for number in self._held:
             try:

@@ -72,6 +72,7 @@ class Session:
         self.threads: dict[int, Thread] = {}
         self.open_files = OpenFiles()
         self.injection: Injection | None = None  # the one in work
+        self.stuck: list[Injection] = []  # whose threads did not stop in time
         self.report: Report | None = None
         self.channel: Channel | None = None
         self.device = device
@@ -104,7 +105,9 @@ class Session:
         self.reactor.unregister(self.device)
         os.close(self.device)
         self.device = -1
-        OUR_DEVICES[self.config.dev] -= 1
+        OUR_DEVICES.subtract([self.config.dev])
+        if not OUR_DEVICES[self.config.dev]:
+            del OUR_DEVICES[self.config.dev]
         for fh in list(self.open_files.by_fh):
             self.release(fh)
         for process in list(self.processes.values()):
@@ -120,6 +123,7 @@ class Session:
     # ---- requests ----
 
     def ready(self, mask: int) -> None:
+        self.stuck = [injection for injection in self.stuck if not injection.freed()]
         self.pump()
         while self._deferred and not self._unmounted:
             self._dispatch(self._deferred.pop(0))
@@ -190,10 +194,8 @@ class Session:
 
     def ioctl(self, thread: Thread, ctx: Context, cmd: int, arg: int) -> int:
         """The result, or minus an errno. StaleError."""
-        if self.report is None:
-            rc = ctx.ioctl(thread.caller, cmd, arg)
-        else:
-            rc = self.report.ioctl(thread, ctx, cmd, arg)
+        report = self.report
+        rc = ctx.ioctl(thread.caller, cmd, arg) if report is None else report.ioctl(thread, ctx, cmd, arg)
         thread.caller.error = None  # it keeps the frames of the call alive
         return rc
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .doctor import FAIL, NOTE, OK, Finding, read_text
 from .doctor_probe import DEV_FUSE
-from .doctor_run import ALL
+from .doctor_run import ALL, ONE
 from .elf import EM_386, EM_AARCH64, EM_ARM, EM_X86_64, Elf, Script, identify
 
 if TYPE_CHECKING:
@@ -180,12 +180,15 @@ def choose(program: Program, words: Sequence[str], failing: Sequence[str], mount
         return Way(NONE, f"{program.path} {program.trouble}")
     if elf is not None and not _of_this_machine(elf):
         return Way(NONE, f"a program for {elf.machine_name}: an emulator does not pass its ioctls on")
+    if nothing := [topic for topic in failing if not topic.startswith("run: ")]:
+        return Way(NONE, f"iommufdd does not work here ({', '.join(nothing)})")
     if elf is not None and elf.bits == 32:
-        return _by_mount(line, "a 32-bit program, whose system calls run does not see", mounts)._replace(complete=False)
+        reason = "a 32-bit program, whose system calls run does not see"
+        return _by_mount(line, reason, failing, mounts)._replace(complete=False)
     if program.privileges and _root_may_mount(mounts):
         return _privileged(program, line)
     if failing:
-        return _by_mount(line, f"run does not work here ({', '.join(failing)})", mounts)
+        return _by_mount(line, f"run does not work here ({', '.join(failing)})", failing, mounts)
     if not program.readable and os.geteuid():
         reason = "only a daemon of root may look into it, because you may not read its file"
         return Way(RUN, reason, (f"iommufdctl run --socket-path {SOCKET} -- {line}",))
@@ -207,10 +210,19 @@ def _privileged(program: Program, line: str) -> Way:
     return Way(MOUNT, f"{reason}; only root can", ("sudo iommufdctl mount /dev/iommu", line))
 
 
-def _by_mount(line: str, reason: str, mounts: str) -> Way:
-    if not mounts:
+def _by_mount(line: str, reason: str, failing: Sequence[str], mounts: str) -> Way:
+    if not mounts or any(not _mount_copes(topic, mounts) for topic in failing):
         return Way(NONE, f"{reason}; mount might, but does not work here")
     return Way(MOUNT, reason, (f"iommufdctl mount /dev/iommu -- {line}",))
+
+
+def _mount_copes(topic: str, mounts: str) -> bool:
+    """Whether mount works although a check of `run` fails. It looks into CMD too, but may, where CMD is in a user
+    namespace that the daemon's user has made.
+    """
+    if topic == "run: ptrace":
+        return mounts == ONE and os.geteuid() != 0
+    return topic in ("run: seccomp", "run: listener")
 
 
 def _of_this_machine(elf: Elf) -> bool:

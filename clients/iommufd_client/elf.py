@@ -49,14 +49,14 @@ class _Segment(NamedTuple):
 
 
 def identify(file: BinaryIO) -> Elf | Script | None:
-    """What it is; None for what the kernel does not execute. OSError."""
+    """What it is; None for what the kernel does not execute, and for what is broken. OSError."""
     start = file.read(SCRIPT)
     if start.startswith(b"#!"):
         return _script(start)
     if start.startswith(b"\x7fELF"):
         try:
             return _elf(file, start)
-        except (struct.error, ValueError):
+        except (struct.error, IndexError, OverflowError, OSError):
             return None
     return None
 
@@ -70,7 +70,7 @@ def _script(start: bytes) -> Script | None:
 
 
 def _elf(file: BinaryIO, start: bytes) -> Elf | None:
-    """struct.error and ValueError for a broken one."""
+    """struct.error, IndexError, OverflowError, OSError for a broken one."""
     bits = {1: 32, 2: 64}[start[4]] if start[4] in (1, 2) else 0
     order = {1: "<", 2: ">"}.get(start[5], "")
     if not bits or not order:

@@ -1,4 +1,4 @@
-"""A program for tests of `iommufdctl mount`: `habits.py HABIT` exits 0, or dies of an AssertionError. No project code."""
+"""A program for tests of `iommufdctl mount`: `habits.py HABIT` exits 0 or fails an assertion. No project code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 PATH = os.environ.get("IOMMU", "/dev/iommu")
 DESTROY, IOAS_ALLOC, HWPT_ALLOC, FAULT_ALLOC, VIOMMU_ALLOC, VDEVICE_ALLOC, VEVENTQ_ALLOC, TEST = (
@@ -23,12 +24,12 @@ DESTROY, IOAS_ALLOC, HWPT_ALLOC, FAULT_ALLOC, VIOMMU_ALLOC, VDEVICE_ALLOC, VEVEN
 MOCK_DOMAIN, CREATE_ACCESS, MOCK_DOMAIN_REPLACE, TRIGGER_VEVENT, DMABUF_GET = 2, 5, 10, 17, 22
 
 
-def failure(call, *args) -> int:
+def failure(call: Callable[..., object], *args: object) -> int:
     """The errno of a call that must fail."""
     try:
         result = call(*args)
     except OSError as error:
-        return error.errno
+        return error.errno or 0
     raise AssertionError(f"it gave {result}")
 
 
@@ -50,7 +51,8 @@ def test(fd: int, op: int, *words: int) -> list[int]:
 
 def fault_queue(fd: int) -> tuple[int, int]:
     """(id, descriptor)"""
-    return tuple(ioctl(fd, FAULT_ALLOC, 0, 0, 0)[2:])
+    fault, queue = ioctl(fd, FAULT_ALLOC, 0, 0, 0)[2:]
+    return fault, queue
 
 
 def node() -> None:
@@ -71,7 +73,6 @@ def node() -> None:
     assert failure(os.ftruncate, fd, 0) == errno.EINVAL
     assert failure(os.fchmod, fd, 0o600) == errno.EPERM
     assert failure(os.fsync, fd) == errno.EINVAL
-    assert failure(mmap.mmap, fd, 4096) == errno.ENODEV
     assert not os.isatty(fd)
     poll = select.poll()
     poll.register(fd)
@@ -84,7 +85,10 @@ def memory() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    at = libc.mmap(None, 4096, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, fd, 0)
+    rights = mmap.PROT_READ | mmap.PROT_WRITE
+    assert libc.mmap(None, 4096, rights, mmap.MAP_SHARED, fd, 0) == ctypes.c_void_p(-1).value
+    assert ctypes.get_errno() == errno.ENODEV
+    at = libc.mmap(None, 4096, rights, mmap.MAP_PRIVATE, fd, 0)
     libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
     assert libc.ioctl(fd, IOAS_ALLOC, at) == -1
     assert ctypes.get_errno() == errno.EFAULT
@@ -119,7 +123,6 @@ def numbers() -> None:
     assert failure(fault_queue, fd) == errno.EMFILE
     assert failure(ioctl, fd, FAULT_ALLOC, 1, 0, 0) == errno.EOPNOTSUPP  # the flags are looked at first
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert ioctl(fd, IOAS_ALLOC, 0, 0)[2] == ioas + 1 or ioctl(fd, IOAS_ALLOC, 0, 0)
     assert fault_queue(fd)[1] == queue
 
 

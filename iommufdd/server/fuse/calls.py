@@ -178,7 +178,7 @@ class Calls:
 
 
 def _gives_descriptor(thread: Thread, cmd: int, arg: int) -> bool | None:
-    """Whether the descriptor that an ioctl gives must be known when it comes back; None if it gives none. StaleError."""
+    """Whether the descriptor that an ioctl gives must be known later; None if it gives none. StaleError."""
     if cmd != TestCmd.CMD and cmd not in EVENT_QUEUES:
         return None
     head = thread.caller.memory.read(arg, 8)

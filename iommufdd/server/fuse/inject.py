@@ -114,14 +114,20 @@ class Injection:
         self._call(CLOSE, number)
 
     def finish(self, rc: int) -> None:
-        """The ioctl returns rc."""
+        """The ioctl returns rc. A thread that was killed must be waited for: else its parent never can."""
         if self._registers:
             self._registers[RAX] = rc & WORD
             try:
                 self._tracee.set_registers(self._registers)
             except OSError:
                 pass  # it has been killed
-        self._tracee.let_go()
+        try:
+            while not self._tracee.let_go():
+                self._stop()
+        except GoneError:
+            pass
+        except StuckError:
+            self.session.stuck.append(self)
 
     def freed(self) -> bool:
         """A thread that did not stop in time: let it go if it has by now. Its ioctl returns EIO."""
@@ -178,8 +184,11 @@ def ioctl_with_descriptor(
         log.event(WARNING, "caller-lost", pid=thread.tid, why=error)
         session.stuck.append(injection)
         return None
-    except (GoneError, OSError) as error:
-        log.event(WARNING, "caller-lost", pid=thread.tid, why=str(error) or "killed")
+    except GoneError:
+        pass  # killed
+    except OSError as error:
+        if error.errno != errno.ESRCH:
+            log.event(WARNING, "caller-lost", pid=thread.tid, why=error.strerror)
     except Exception:
         injection.finish(rc)
         raise

@@ -91,16 +91,18 @@ class Tracee:
         """A signal that it stopped for, to be sent again at the end."""
         self._held.append(number)
 
-    def let_go(self) -> None:
-        """Its own signal mask again, and on it goes. It may be gone."""
+    def let_go(self) -> bool:
+        """Its own signal mask again, and on it goes; False when it is not stopped: it has been killed."""
         if self._mask is not None:
             _ptrace(PTRACE_SETSIGMASK, self.tid, 8, ctypes.addressof(self._mask))
-        _ptrace(PTRACE_DETACH, self.tid, 0, 0)
+        if _ptrace(PTRACE_DETACH, self.tid, 0, 0) < 0:
+            return False
         for number in self._held:
             try:
                 os.kill(self.tid, number)
             except OSError:
                 pass
+        return True
 
 
 def call_registers(registers: list[int], number: int, args: tuple[int, ...]) -> list[int]:

@@ -58,6 +58,14 @@ def test_the_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_verbs_exist() -> None:
+    named = set(re.findall(r"`iommufdctl (\w+)", README))
+    assert {"run", "mount", "doctor"} <= named
+    for verb in named:
+        done = subprocess.run([sys.executable, "-m", "iommufd_client.cli", verb, "--help"], capture_output=True, timeout=60)
+        assert done.returncode == 0, verb
+
+
 def test_the_figures_are_those_of_the_recordings() -> None:
     count = len(list((ROOT / "tests/programs/hand").glob("*.prog"))) + len(
         list((ROOT / "tests/programs/random").glob("*.prog"))

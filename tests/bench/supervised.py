@@ -1,4 +1,4 @@
-"""Under `iommufdctl run`: what an ioctl costs, what everything else costs more, and the start."""
+"""Under `iommufdctl run` and `mount`: an ioctl; under `run` also what everything else costs more, and the start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("calls.c")
 RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--")
-BARE, UNDER = "bare", "under run"
+MOUNT = (sys.executable, "-m", "iommufd_client.cli", "mount", "/dev/iommu", "--")
+BARE, UNDER, MOUNTED = "bare", "under run", "under mount"
 CALLS = {
     "open and close, O_RDONLY": "rdonly",
     "open and close, O_RDWR (notified)": "rdwr",
@@ -53,6 +54,8 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
             return run
 
         found = [Case("ioctl of /dev/iommu", UNDER, timed(*RUN, program, "ioctl"))]
+        if not subprocess.run([*MOUNT, "true"], env=environment, stderr=subprocess.DEVNULL).returncode:
+            found.append(Case("ioctl of /dev/iommu", MOUNTED, timed(*MOUNT, program, "ioctl")))
         for row, what in CALLS.items():
             bare = Case(row, BARE, timed(program, what))
             aim = Aim(ratio=1.05) if what == "rdonly" else None
@@ -61,4 +64,5 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
         yield [*found, start, Case("start of `true`", UNDER, started(*RUN, "true"))]
 
 
-BENCH = Bench("run", "unmodified programs under `iommufdctl run`, all on one CPU", US, "how many times bare", cases)
+TITLE = "unmodified programs under `iommufdctl run` and `mount`, all on one CPU"
+BENCH = Bench("run", TITLE, US, "how many times bare", cases)

@@ -45,7 +45,7 @@ class EIO(IommufdError):
 
 
 class ENXIO(IommufdError):
-    """mmap of an offset that was never given out."""
+    """mmap of an offset that was never given out; a mapping that no table entry is small enough for."""
 
     errno = _errno.ENXIO
 

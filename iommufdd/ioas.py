@@ -197,7 +197,7 @@ def syz_iova(ioas: Ioas, coded: int) -> int:
     nth, offset = coded & 0xFFFFFFFF, coded >> 32
     for area in ioas.iopt.areas:
         if not nth:
-            return area.iova + offset
+            return area.iova + offset & ULONG_MAX
         nth -= 1
     return 0
 

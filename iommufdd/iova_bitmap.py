@@ -52,7 +52,9 @@ def hwpt_get_dirty_bitmap(ucmd: Ucmd, cmd: uapi.HwptGetDirtyBitmap) -> None:
     bitmap = IovaBitmap(ucmd.caller, cmd.iova, last, cmd.page_size, cmd.data)
     clear = not cmd.flags & uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
     try:
-        for _, lo, hi in iopt.contig(cmd.iova, last):
+        for area, lo, hi in iopt.contig(cmd.iova, last):
+            if area.pages.revoked:  # no entry is left
+                continue
             for start, size in dirty_ops.read_and_clear_dirty(lo, hi, clear=clear):
                 bitmap.set(start, size)
     except ENOENT:

@@ -76,6 +76,8 @@ class Pages:
         "writable",
     )  # fmt: skip
 
+    revoked = False  # only a dma-buf's can be
+
     def __init__(self, caller: Caller, start: int, length: int, *, writable: bool) -> None:
         """iopt_alloc_pages(). EINVAL for a length that is 0 or cannot be rounded to pages."""
         if not 0 < length <= 2**64 - 1 - PAGE_SIZE:
@@ -340,7 +342,7 @@ class FilePages(Pages):
         if not isinstance(self.file, PageFile) or not self.file.pinnable:
             raise EINVAL("this file has no pages that can be pinned: not a memfd")
         page = (self.start >> PAGE_SHIFT) + first
-        if (page + count) << PAGE_SHIFT > (self.file.size() + PAGE_SIZE - 1 & PAGE_MASK):
+        if (page + count) << PAGE_SHIFT > self.file.size():
             raise EINVAL(f"the file ends before page {page + count}")
         return [PageRun(self.file, page, count)]
 

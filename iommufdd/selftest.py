@@ -202,9 +202,10 @@ def _trigger_vevent(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.TriggerVevent) -> No
 
 
 class TestDmabuf(Dmabuf):
-    """struct iommufd_test_dma_buf: zeros, up to 2 MiB."""
+    """struct iommufd_test_dma_buf: zeros, up to 2 MiB, in one piece (kzalloc)."""
 
     __test__ = False  # pytest: not a test
+    compound = True
 
     def pread(self, pos: int, length: int) -> bytes:
         return bytes(max(min(length, self.size() - pos), 0))

@@ -33,6 +33,8 @@ def check_map(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.CheckMap) -> None:
     page_size = hwpt.domain.pgsize_bitmap & -hwpt.domain.pgsize_bitmap
     if (op.iova | op.length | op.uptr) % page_size or op.uptr + op.length > ULONG_MAX:
         raise EINVAL(f"not aligned to {page_size:#x}")
+    if not op.length:
+        return
     offset = op.uptr % PAGE_SIZE
     npages = (op.length + offset + PAGE_SIZE - 1) >> PAGE_SHIFT
     runs = ucmd.caller.get_user_pages(op.uptr, npages)

@@ -9,7 +9,7 @@ import iommufd_uapi.iommufd as uapi
 
 from .access import Access
 from .device import IommufdDevice
-from .errors import EEXIST, EFAULT, EINVAL, ENOENT, EOPNOTSUPP, EOVERFLOW, ERANGE, IommufdError
+from .errors import EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EOVERFLOW, ERANGE, IommufdError
 from .hw_pagetable import NESTED_FLAGS, HwptNested, HwptPaging, NestingParent, finish_nested
 from .iommu import ops
 from .iommu.ops import HwQueueViommu, NestingViommu, ViommuOps
@@ -142,6 +142,8 @@ class HwQueue(IommufdObject):
         """iommufd_hw_queue_alloc_phys(): (first page, byte in it). ERANGE, ENOMEM, EFAULT, and what pinning raises."""
         iova, length = _whole_pages(self.base_addr, self.length)
         caller.gate(Gate.MEMORY)
+        if length // PAGE_SIZE * 8 > 2**31 - 1:
+            raise ENOMEM("the array of the queue's pages is too large")  # kvmalloc refuses
         objects = self.viommu.ictx.objects
         access = objects.alloc(Access(pins=True, unmap=None), caller.gate)
         objects.finalize(access)

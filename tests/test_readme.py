@@ -62,7 +62,8 @@ def test_the_verbs_exist() -> None:
     named = set(re.findall(r"`iommufdctl (\w+)", README))
     assert {"run", "mount", "doctor"} <= named
     for verb in named:
-        done = subprocess.run([sys.executable, "-m", "iommufd_client.cli", verb, "--help"], capture_output=True, timeout=60)
+        command = [sys.executable, "-m", "iommufd_client.cli", verb, "--help"]
+        done = subprocess.run(command, capture_output=True, timeout=60)
         assert done.returncode == 0, verb
 
 

@@ -17,7 +17,7 @@ from .selftest_ops import SelftestDevice
 PAGING_FLAGS = (
     uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT | uapi.IOMMU_HWPT_ALLOC_PASID
 )
-VA_LAST = 2**56 - 1  # hw_max_vasz_lg2
+VA_LAST = 2**38 - 1  # three levels of tables of 2 KiB (amdv1pt_iommu_fmt_init)
 PGSIZES = 2**37 - 2**11  # AMDv1 with a granule of 2 KiB and three levels maps any power of two up to 64 GiB
 
 
@@ -44,7 +44,7 @@ class MockDevice(SelftestDevice):
         """iommufd_test_trigger_vevent(): ENOENT, EOPNOTSUPP. quirk: a vDEVICE with virt_id 0 is none."""
         if self.viommu is None or not self.vdev_id:
             raise ENOENT(f"{self.name} is attached to no vIOMMU")
-        event = test_uapi.ViommuEventSelftest(virt_id=self.vdev_id)
+        event = test_uapi.ViommuEventSelftest(virt_id=self.vdev_id & 0xFFFFFFFF)  # quirk: a __u32
         self.viommu.core.report_event(test_uapi.IOMMU_VEVENTQ_TYPE_SELFTEST, event.pack())
 
 

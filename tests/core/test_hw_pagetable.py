@@ -176,7 +176,10 @@ def test_data_chooses_the_page_table(kind: int) -> None:
     if kind != 2:
         hwpt = c.ictx.objects.get(cmd.out_hwpt_id)
         assert isinstance(hwpt, HwptPaging)
-        assert (hwpt.domain.aperture_start == 0) == (kind == test_uapi.MOCK_IOMMUPT_HUGE)
+        huge = kind == test_uapi.MOCK_IOMMUPT_HUGE
+        last = 2**38 - 1 if huge else test_uapi.MOCK_APERTURE_LAST
+        start = 0 if huge else test_uapi.MOCK_APERTURE_START
+        assert (hwpt.domain.aperture_start, hwpt.domain.aperture_end) == (start, last)
     assert c.ranges(ioas) == [(test_uapi.MOCK_APERTURE_START, test_uapi.MOCK_APERTURE_LAST)]
 
 

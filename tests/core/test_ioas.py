@@ -9,7 +9,7 @@ import iommufd_uapi.iommufd_test as test_uapi
 from iommufdd.mm import Region
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
 
-from .harness import DATA, FIXED, NEST_PARENT, NOWHERE, OPS, READ, RW, Client
+from .harness import APERTURE, DATA, FIXED, NEST_PARENT, NOWHERE, OPS, READ, RW, Client
 from .invariants import check
 from .snapshot import difference, state
 
@@ -287,3 +287,16 @@ def test_only_the_value_of_an_option_is_written() -> None:
     c.mm.write(end - 16, cmd.pack())  # the value begins the second page
     c.mm.protect(addr, end, readable=True, writable=False)
     assert c.rc(uapi.Option.CMD, end - 16) == 0
+
+
+def test_parts_that_no_table_entry_is_small_enough_for_are_not_copied_to_a_domain() -> None:
+    """quirk: the alignment of all parts together is checked, then the table refuses one."""
+    c = Client()
+    src, dst = c.ioas_alloc(), c.ioas_alloc()
+    c.mock_domain(dst)
+    addr = c.process.buffer(1)
+    c.map(src, addr, 0x400, APERTURE)
+    c.map(src, addr, 0xC00, APERTURE + 0x400)
+    before = state(c.world)
+    c.copy(dst, src, APERTURE, PAGE_SIZE, APERTURE, expect=errno.ENXIO)
+    assert not difference(before, state(c.world))

@@ -12,7 +12,7 @@ from iommufdd.iova_bitmap import IovaBitmap
 from iommufdd.mm import Region
 from iommufdd.user import PAGE_SIZE, ULONG_MAX
 
-from .harness import APERTURE, DATA, DIRTY, NOWHERE, Client
+from .harness import APERTURE, DATA, DIRTY, NOWHERE, OPS, Client
 from .snapshot import difference, state
 
 NO_CLEAR = uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
@@ -211,3 +211,23 @@ def test_a_hwpt_without_the_flag_does_not_track() -> None:
     c.ioctl(cmd, errno.EOPNOTSUPP)
     cmd.page_size = 0
     c.ioctl(cmd, errno.EINVAL)
+
+
+def test_a_dmabuf_is_one_piece_and_revoking_it_takes_its_dirty_bits() -> None:
+    tracked = Tracked()
+    c = tracked.c
+    get = test_uapi.DmabufGet(16 * PAGE_SIZE)
+    fd = c.result(test_uapi.TestCmd(op=OPS[test_uapi.DmabufGet], u=get.pack()))
+    c.map_file(tracked.ioas, fd, 0, 16 * PAGE_SIZE, APERTURE + 16 * PAGE_SIZE)
+    bit = c.process.put(b"\x01")
+
+    def write() -> None:
+        op = test_uapi.Dirty(iova=APERTURE + 16 * PAGE_SIZE, length=PAGE_SIZE, page_size=PAGE_SIZE, uptr=bit)
+        c.test(op, id=tracked.hwpt)
+
+    write()
+    assert tracked.dirty(APERTURE + 16 * PAGE_SIZE, 16 * PAGE_SIZE) == set(range(16))
+    c.process.put(b"\x01")
+    write()
+    c.test(test_uapi.DmabufRevoke(fd, True))
+    assert tracked.dirty(APERTURE + 16 * PAGE_SIZE, 16 * PAGE_SIZE) == set()

@@ -25,6 +25,7 @@ MIB16 = 16 << 20
         (errno.EINVAL, 4, test_uapi.CheckMap(1, 0, 0)),
         (errno.EINVAL, 4, test_uapi.CheckMap(0, 0x800, ULONG_MAX - 0x7FF)),
         (errno.EFAULT, 4, test_uapi.CheckMap(APERTURE, 0x800, NOWHERE)),
+        (0, 4, test_uapi.CheckMap(APERTURE, 0, NOWHERE + 0x800)),
         (errno.EINVAL, 0, test_uapi.CheckRefs(1, 0)),
         (errno.EINVAL, 0, test_uapi.CheckRefs(PAGE_SIZE, ULONG_MAX - PAGE_SIZE + 1)),
         (errno.EFAULT, 0, test_uapi.CheckRefs(PAGE_SIZE, NOWHERE)),

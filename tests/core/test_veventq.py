@@ -169,3 +169,16 @@ def test_what_cannot_be_written_or_read() -> None:
     c.fails(lambda: c.write(fd, bytes(8)), errno.EINVAL)
     c.fails(lambda: c.read(fd, HEADER - 1), errno.EINVAL)
     assert c.read(fd, HEADER) == b""
+
+
+def test_an_event_shows_the_low_half_of_a_virtual_id() -> None:
+    """quirk: the selftest's event has a __u32 for it."""
+    c = Client()
+    mock = c.mock_domain(c.ioas_alloc())
+    parent = c.hwpt(mock.idev, c.ioas_alloc(), NEST_PARENT)
+    viommu = c.viommu(mock.idev, parent)
+    c.vdevice(viommu, mock.idev, 5 << 32 | 0x77)
+    _, fd = c.veventq(viommu)
+    c.replace(mock.stdev, c.nested(mock.idev, viommu))
+    c.test(test_uapi.TriggerVevent(mock.idev))
+    assert c.read(fd, 64)[8:12] == b"\x77\0\0\0"

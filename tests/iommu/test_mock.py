@@ -43,7 +43,7 @@ def test_tables() -> None:
     assert small.pgsize_bitmap & -small.pgsize_bitmap == test_uapi.MOCK_PAGE_SIZE
     assert (small.aperture_start, small.aperture_end) == (test_uapi.MOCK_APERTURE_START, test_uapi.MOCK_APERTURE_LAST)
     assert huge.pgsize_bitmap == PAGE_SIZE | test_uapi.MOCK_HUGE_PAGE_SIZE
-    assert (huge.aperture_start, huge.aperture_end) == (0, 2**56 - 1)
+    assert (huge.aperture_start, huge.aperture_end) == (0, 2**38 - 1)
     assert small.dirty_ops is None
 
 

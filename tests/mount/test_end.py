@@ -69,7 +69,7 @@ def test_nested_mounts_and_a_missing_folder(mount: Mount) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_goes_on_to_the_command(mount: Mount, number: int) -> None:
-    with mount.start("/dev/iommu", "--", "sh", "-c", "echo ready; exec sleep 100") as process:
+    with mount.start("/dev/iommu", "--", "sh", "-c", "echo ready; exec sleep 100", stdin=subprocess.PIPE) as process:
         _ready(process)
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + number
@@ -77,7 +77,7 @@ def test_a_signal_goes_on_to_the_command(mount: Mount, number: int) -> None:
 
 def test_a_killed_command_leaves_nothing(mount: Mount) -> None:
     with Daemon() as daemon, daemon.admin() as admin:
-        with mount.start("--socket-path", daemon.socket_path, *HOLD) as process:
+        with mount.start("--socket-path", daemon.socket_path, *HOLD, stdin=subprocess.PIPE) as process:
             _ready(process)
             assert admin.stats().contexts == 2  # ours, and one more: the daemon's keeper has one too
             os.kill(_children(process.pid)[0], signal.SIGKILL)
@@ -87,7 +87,7 @@ def test_a_killed_command_leaves_nothing(mount: Mount) -> None:
 
 def test_a_killed_mount_takes_the_command_along(mount: Mount) -> None:
     with Daemon() as daemon, daemon.admin() as admin:
-        with mount.start("--socket-path", daemon.socket_path, *HOLD) as process:
+        with mount.start("--socket-path", daemon.socket_path, *HOLD, stdin=subprocess.PIPE) as process:
             _ready(process)
             (command,) = _children(process.pid)
             process.kill()
@@ -99,7 +99,7 @@ def test_a_killed_mount_takes_the_command_along(mount: Mount) -> None:
 def test_a_killed_daemon_means_enotconn_and_no_more(mount: Mount) -> None:
     daemon = Daemon(terminate=False).start()
     try:
-        with mount.start("--socket-path", daemon.socket_path, *HOLD, "outlive") as process:
+        with mount.start("--socket-path", daemon.socket_path, *HOLD, "outlive", stdin=subprocess.PIPE) as process:
             _ready(process)
             os.kill(daemon.pid, signal.SIGKILL)
             out, err = process.communicate("go on\n", timeout=PATIENCE)
@@ -129,7 +129,7 @@ def _use(place: Path, habit: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def _served(mount: Mount, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    with mount.start(*arguments) as process:
+    with mount.start(*arguments, stdin=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             assert "is ready" in process.stdout.readline()

@@ -23,12 +23,14 @@ LIMIT = 60.0  # seconds for one run
 class Run:
     """The command, with what it needs to be found wherever the tests were started."""
 
+    verb = "run"
+
     def __init__(self) -> None:
         path = os.pathsep.join(each or os.getcwd() for each in sys.path)
         self.environment = os.environ | {"PYTHONPATH": path}
 
     def words(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, "-m", "iommufd_client.cli", "run", *map(str, arguments)]
+        return [sys.executable, "-m", "iommufd_client.cli", self.verb, *map(str, arguments)]
 
     def __call__(self, *arguments: str | Path, stdin: Path | None = None) -> subprocess.CompletedProcess[str]:
         with open(stdin or os.devnull, "rb") as source:
@@ -41,9 +43,14 @@ class Run:
                 encoding="latin-1",
             )
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, stdin: int | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.words(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment, text=True
+            self.words(*arguments),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.environment,
+            text=True,
         )
 
 

@@ -144,6 +144,8 @@ def test_areas_that_show_consecutive_pages_are_one_queue() -> None:
         (ULONG_MAX, 2, errno.EOVERFLOW),
         (0xFFF, ULONG_MAX - 0xFFF, errno.ERANGE),
         (APERTURE - 1, 2, errno.ENOENT),
+        (APERTURE, 1 << 40, errno.ENOMEM),
+        (APERTURE, (1 << 40) - PAGE_SIZE, errno.ENOENT),
         (APERTURE + 3 * PAGE_SIZE, PAGE_SIZE + 1, errno.ENOENT),
         (APERTURE + 0x10000, PAGE_SIZE, errno.EPERM),
     ],

@@ -22,7 +22,7 @@ from iommufd_uapi import seccomp
 
 SIGINFO = struct.Struct("<Iii116x")  # struct signalfd_siginfo: signo, errno, code
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
-FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 LONGEST = 65_536
 OURS = "/memfd:iommufd"  # what /proc/PID/fd/N of the daemon's descriptors says
 PATHS = (b"/dev/iommu", b"/dev/vfio/vfio")

@@ -16,16 +16,14 @@ import threading
 from typing import NamedTuple
 
 from . import namespace, run
-from .keeper import RunError, check_welcome
+from .keeper import FORWARDED, PATIENCE, SI_KERNEL, RunError, check_welcome
+from .run import EXPLAIN, SUMMARY
 
 MOUNT = 4  # the hello's kind
-EXPLAIN, SUMMARY, OTHERS, CONTAINER = 1, 2, 8, 16
+OTHERS, CONTAINER = 8, 16
 DEV_FUSE = "/dev/fuse"
 MAX_READ = 40 * 3072  # whole records of a fault queue; less than FUSE's 32 pages
 AT_FDCWD, AT_STATX_DONT_SYNC = -100, 0x4000
-SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
-FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-PATIENCE = 30.0  # seconds for the daemon to say its last words
 
 
 class Options(NamedTuple):

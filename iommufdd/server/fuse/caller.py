@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufdd.server.seccomp.procmm import ProcMm, Vma
-from iommufdd.server.seccomp.target import CallerMemory, Process
+from iommufdd.server.seccomp.target import CallerMemory, Process, TaskFolder
 from iommufdd.user import Caller
 
 from .files import OUR_DEVICES, MountDescriptors
@@ -29,20 +29,12 @@ class MountProcess(Process):
     mm_type = MountMm
 
 
-class Thread:
+class Thread(TaskFolder):
     """A task that has called."""
 
     def __init__(self, session: Session, process: Process, tid: int) -> None:
         """OSError when it is gone; EMFILE."""
-        self.process = process
-        self.tid = tid
-        self._nofile, self._uid = session.server.nofile, session.uid
-        self._nofile.charge(self._uid)
-        try:
-            self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            self._nofile.uncharge(self._uid)
-            raise
+        super().__init__(process, tid)
         self.files = MountDescriptors(session, self)
         self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
 
@@ -54,10 +46,6 @@ class Thread:
         except OSError:
             return False
         return True
-
-    def close(self) -> None:
-        os.close(self.folder)
-        self._nofile.uncharge(self._uid)
 
 
 class Buffer:

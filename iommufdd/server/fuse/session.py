@@ -14,7 +14,7 @@ from iommufdd.server import log
 from iommufdd.server.seccomp.procfile import TargetFiles
 from iommufdd.server.seccomp.procmm import Clock, StaleError
 from iommufdd.server.seccomp.report import Report
-from iommufdd.server.seccomp.target import tgid_of
+from iommufdd.server.seccomp.target import Targets, tgid_of
 
 from . import abi
 from .caller import MountProcess, Thread
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.instance import Instance
-    from iommufdd.server.seccomp.target import Origin, Process
+    from iommufdd.server.seccomp.target import Origin
     from iommufdd.server.serve import Server
 
     from .files import Opened
@@ -54,11 +54,12 @@ class Config(NamedTuple):
     origin: Origin
 
 
-class Session:
+class Session(Targets[Thread]):
     """One mount, until it is unmounted and nothing has it open any more. Serves processes as a Supervisor does."""
 
     def __init__(self, server: Server, instance: Instance, peer: Peer, device: int, config: Config) -> None:
         """Takes over `device`."""
+        super().__init__()
         self.server = server
         self.reactor = server.reactor
         self.instance = instance
@@ -68,8 +69,6 @@ class Session:
         self.origin, self.virtual = config.origin, config.virtual
         self.clock = Clock()
         self.files = TargetFiles(server.page_files, peer.uid, lambda inode: False, cautious=config.cautious)
-        self.processes: dict[int, Process] = {}
-        self.threads: dict[int, Thread] = {}
         self.open_files = OpenFiles()
         self.injection: Injection | None = None  # the one in work
         self.stuck: list[Injection] = []  # whose threads did not stop in time
@@ -227,19 +226,6 @@ class Session:
             for other in [other for other in self.threads.values() if not other.alive]:
                 self._forget_thread(other.tid)
         return thread
-
-    def _forget_thread(self, tid: int) -> None:
-        thread = self.threads.pop(tid, None)
-        if thread is not None:
-            thread.close()
-
-    def forget_process(self, process: Process) -> None:
-        """It has ended."""
-        for tid in [tid for tid, thread in self.threads.items() if thread.process is process]:
-            self._forget_thread(tid)
-        if self.processes.get(process.tgid) is process:
-            del self.processes[process.tgid]
-        process.close()
 
     def _unreachable(self, tid: int, error: Exception) -> None:
         if self.server.ratelimit("unreachable"):

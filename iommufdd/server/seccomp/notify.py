@@ -31,7 +31,7 @@ from .calls import ANSWERED, CONTINUE, Calls
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
 from .report import Report
-from .target import Origin, Process, Thread, tgid_of
+from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
@@ -50,7 +50,7 @@ NONE = bytes(8)
 GONE = {errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
-class Supervisor:
+class Supervisor(Targets[Thread]):
     """One tree of traced processes.
 
     The id of the notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper
@@ -64,6 +64,7 @@ class Supervisor:
         numbers = native()
         if numbers is None:
             raise EINVAL(f"system calls of {os.uname().machine} are not known")
+        super().__init__()
         self.server = server
         self.reactor = server.reactor
         self.instance = instance
@@ -75,8 +76,6 @@ class Supervisor:
         self.clock = Clock()
         self.watch = server.watch()
         self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
-        self.processes: dict[int, Process] = {}
-        self.threads: dict[int, Thread] = {}
         self.contexts: set[OpenContext] = set()
         self._euid = os.geteuid()  # whose our memfds are
         self._received = bytearray(NOTIF.size)
@@ -289,18 +288,9 @@ class Supervisor:
             self._prune(tid)
         return thread
 
-    def _forget_thread(self, tid: int) -> None:
-        thread = self.threads.pop(tid, None)
-        if thread is not None:
-            thread.close()
-
     def forget_process(self, process: Process) -> None:
         """It has ended."""
-        for tid in [tid for tid, thread in self.threads.items() if thread.process is process]:
-            self._forget_thread(tid)
-        if self.processes.get(process.tgid) is process:
-            del self.processes[process.tgid]
-        process.close()
+        super().forget_process(process)
         if self._ending and not self.processes:
             self.close("the last process has ended")
 

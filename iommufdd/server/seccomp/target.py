@@ -7,7 +7,7 @@ import re
 import resource
 import select
 import signal
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from iommufdd.server.credentials import CAPABILITIES, DEFAULT_MEMLOCK, UNLIMITED
 from iommufdd.user import PAGE_SHIFT, Caller, FaultGate, Task
@@ -51,7 +51,10 @@ class Origin(NamedTuple):
         return cls(int(found.get(b"Uid", b"-1")), int(found.get(b"CapEff", b"0"), 16), memlock)
 
 
-class Targets(Protocol):
+T = TypeVar("T", bound="TaskFolder")
+
+
+class Targets(Generic[T]):
     """Whoever answers the calls of processes, and keeps them: a seccomp listener, or a mount."""
 
     server: Server
@@ -62,9 +65,23 @@ class Targets(Protocol):
     virtual: Virtual
     clock: Clock
     files: TargetFiles
-    processes: dict[int, Process]
 
-    def forget_process(self, process: Process) -> None: ...
+    def __init__(self) -> None:
+        self.processes: dict[int, Process] = {}
+        self.threads: dict[int, T] = {}
+
+    def _forget_thread(self, tid: int) -> None:
+        thread = self.threads.pop(tid, None)
+        if thread is not None:
+            thread.close()
+
+    def forget_process(self, process: Process) -> None:
+        """It has ended."""
+        for tid in [tid for tid, thread in self.threads.items() if thread.process is process]:
+            self._forget_thread(tid)
+        if self.processes.get(process.tgid) is process:
+            del self.processes[process.tgid]
+        process.close()
 
 
 class ProcTask(Task):
@@ -137,7 +154,7 @@ class Process:
     dropped: int = 0  # virtual capabilities that it gave up, or its parent did before it
     mm_type: type[ProcMm] = ProcMm
 
-    def __init__(self, supervisor: Targets, tgid: int) -> None:
+    def __init__(self, supervisor: Targets[Any], tgid: int) -> None:
         """OSError when it is gone or may not be looked into; EMFILE."""
         self.supervisor = supervisor
         self.tgid = tgid
@@ -153,7 +170,7 @@ class Process:
         self.task = ProcTask(self, supervisor.machine, supervisor.virtual, supervisor.clock)
         supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
-    def _open(self, supervisor: Targets, tgid: int) -> None:
+    def _open(self, supervisor: Targets[Any], tgid: int) -> None:
         self.pidfd = os.pidfd_open(tgid)
         try:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
@@ -242,10 +259,10 @@ class Process:
         return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
-class Thread:
-    """A task that has made a trapped call: its descriptor table, and who calls."""
+class TaskFolder:
+    """The /proc/TID/fd of a task that has called."""
 
-    def __init__(self, supervisor: Supervisor, process: Process, tid: int) -> None:
+    def __init__(self, process: Process, tid: int) -> None:
         """OSError when it is gone; EMFILE."""
         self.process = process
         self.tid = tid
@@ -256,12 +273,20 @@ class Thread:
         except OSError:
             self._nofile.uncharge(self._uid)
             raise
-        self.files = TargetDescriptors(supervisor, self)
-        self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
 
     def close(self) -> None:
         os.close(self.folder)
         self._nofile.uncharge(self._uid)
+
+
+class Thread(TaskFolder):
+    """A task that has made a trapped call: its descriptor table, and who calls."""
+
+    def __init__(self, supervisor: Supervisor, process: Process, tid: int) -> None:
+        """OSError when it is gone; EMFILE."""
+        super().__init__(process, tid)
+        self.files = TargetDescriptors(supervisor, self)
+        self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
 
 
 class CallerMemory:

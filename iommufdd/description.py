@@ -1,0 +1,99 @@
+"""What a machine is made of: its IOMMUs and the devices behind them, as a machine file (TOML) describes them.
+
+Keys are spelt with dashes, as here with underscores; sizes may be numbers or text like "2M".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+Bits: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=64)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,31}$")]
+CacheMode: TypeAlias = Literal["faithful", "greedy", "off"]
+
+
+class _Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """What all tables of a machine file share: unknown keys are errors."""
+
+
+class Reserved(_Description, frozen=True):
+    """IOVA that devices cannot use for DMA (struct iommu_resv_region): [start, last]."""
+
+    start: int
+    last: int
+    kind: Literal["direct-relaxable", "reserved", "msi", "sw-msi"] = "reserved"
+
+
+class Caches(_Description, frozen=True):
+    """How an IOMMU caches: faithful keeps, and evicts by the seed when full; greedy never evicts; off."""
+
+    mode: CacheMode = "faithful"
+    iotlb_entries: Annotated[int, msgspec.Meta(ge=1)] = 4096
+    seed: int = 0
+
+
+class Iommu(_Description, frozen=True, tag_field="model"):
+    """An IOMMU; the model decides which further keys there are."""
+
+    name: Name
+    reserved: tuple[Reserved, ...] = ()
+    caches: Caches = Caches()
+
+
+class VtdIommu(Iommu, frozen=True, tag="vtd"):
+    """Intel VT-d in scalable mode: what CAP and ECAP show (VT-d spec 11.4.2, 11.4.3)."""
+
+    first_stage: bool = True  # ECAP.FLTS
+    second_stage: bool = True  # ECAP.SLTS
+    nested: bool = True  # ECAP.NEST
+    levels: tuple[Literal[3, 4, 5], ...] = (4, 5)  # of second-stage tables: CAP.SAGAW; 5 also sets CAP.FL5LP
+    mgaw: Annotated[int, msgspec.Meta(ge=30, le=57)] = 57  # CAP.MGAW: guest address width in bits
+    haw: Annotated[int, msgspec.Meta(ge=32, le=52)] = 52  # host address width: more bits set in an entry are reserved
+    pages_2m: bool = True  # CAP.SLLPS bit 0
+    pages_1g: bool = True  # CAP.SLLPS bit 1, CAP.FS1GP
+    domain_ids: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 65536  # CAP.ND
+    pasid_width: Annotated[int, msgspec.Meta(ge=0, le=20)] = 20  # ECAP.PSS + 1, and ECAP.PASID; 0: none
+    page_requests: bool = True  # ECAP.PRS
+    device_tlb: bool = True  # ECAP.DT
+    access_dirty: bool = True  # ECAP.SLADS: dirty tracking
+    coherent_walk: bool = True  # ECAP.SMPWC
+    snoop_control: bool = True  # ECAP.SC
+    supervisor: bool = True  # ECAP.SRS
+    execute: bool = False  # ECAP.ERS
+    extended_access: bool = True  # ECAP.EAFS
+    caching_mode: bool = False  # CAP.CM
+    page_selective: bool = True  # CAP.PSI
+    mamv: Annotated[int, msgspec.Meta(ge=0, le=63)] = 18  # CAP.MAMV
+    erratum_772415: bool = False  # IOMMU_HW_INFO_VTD_ERRATA_772415_SPR17
+    reserved: tuple[Reserved, ...] = (Reserved(start=0xFEE00000, last=0xFEEFFFFF, kind="msi"),)
+
+
+class MockIommu(Iommu, frozen=True, tag="mock"):
+    """The kernel selftest's IOMMU (selftest.c)."""
+
+
+AnyIommu: TypeAlias = VtdIommu | MockIommu
+
+
+class DeviceDescription(_Description, frozen=True):
+    """An endpoint: a PCI function that issues DMA."""
+
+    name: Name  # of its file: /dev/vfio/devices/NAME
+    bdf: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")]
+    iommu: Name
+    group: int | None = None  # devices with the same number share a group; none: a group of its own
+    ats: bool = False  # has a device TLB
+    pri: bool = False  # takes page faults; needs ats
+    pasid_width: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
+    coherent: bool = True
+    virtual_function: bool = False
+
+
+class MachineDescription(_Description, frozen=True):
+    """A machine file."""
+
+    name: Name
+    iommu: tuple[AnyIommu, ...] = ()
+    device: tuple[DeviceDescription, ...] = ()

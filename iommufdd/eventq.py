@@ -102,9 +102,12 @@ class Fault(Eventq):
         """Answer INVALID whatever came through an attachment that ends (iommufd_auto_response_faults)."""
         for group in [group for group in self.deliver if group.handle is handle]:
             self.deliver.remove(group)
+            group.withdrawn = True
             group.respond(RESP_INVALID)
         for cookie in [cookie for cookie, group in self.response.items() if group.handle is handle]:
-            self._take(cookie).respond(RESP_INVALID)
+            group = self._take(cookie)
+            group.withdrawn = True
+            group.respond(RESP_INVALID)
         self.changed()
 
     def destroy(self) -> None:

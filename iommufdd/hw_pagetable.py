@@ -200,7 +200,7 @@ def _nested_alloc(ucmd: Ucmd, parent: HwptPaging, idev: IommufdDevice, flags: in
     iommu = idev.dev.iommu
     if flags & ~NESTED_FLAGS or not user_data.len or not isinstance(iommu, NestingOps):
         raise EOPNOTSUPP("flags are not known, there is no data, or this IOMMU does not nest on a HWPT")
-    if parent.auto_domain or not parent.nest_parent or parent.domain.owner is not iommu:
+    if parent.auto_domain or not parent.nest_parent or parent.domain.owner.driver != iommu.driver:
         raise EINVAL(f"{parent} is not a nesting parent for this device")
     return finish_nested(
         ucmd, HwptNested(parent, None, flags), parent,

@@ -21,6 +21,7 @@ from .errors import (
     EPERM,
     IommufdError,
 )
+from .iommu.ops import Extent
 from .iova import HPAGE_SIZE, Area, IovaSpace, Piece
 from .pages import DmabufPages
 from .user import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Caller, Gate, PageRun
@@ -206,8 +207,13 @@ class IoPagetable(IovaSpace):
             if domain.aperture_end != ULONG_MAX:
                 self.reserve(caller, domain.aperture_end + 1, ULONG_MAX, domain)
             caller.gate(Gate.MEMORY)
-            if not self.domains:
+            fresh = not self.domains
+            if fresh:
                 self._fill_all(caller)
+            if domain.refuses_read_only and not all(area.writable for area in self.areas):
+                if fresh:
+                    self._unfill_all()
+                raise EINVAL("a nesting parent has no read-only entries (VT-d erratum 772415): an area is read-only")
         except IommufdError:
             self.remove_reserved(domain)
             raise
@@ -220,8 +226,7 @@ class IoPagetable(IovaSpace):
         self.domains.remove(domain)
         domain.translation = None
         if not self.domains:
-            for area in self.areas:
-                _unfill(area)
+            self._unfill_all()
         self.remove_reserved(domain)
         self._calculate_alignment()
 
@@ -231,12 +236,20 @@ class IoPagetable(IovaSpace):
             for area in self.areas:
                 _fill(caller, area)
         except IommufdError:
-            for area in self.areas:
-                _unfill(area)
+            self._unfill_all()
             raise
 
+    def _unfill_all(self) -> None:
+        for area in self.areas:
+            _unfill(area)
+
     def _check_entries(self, area: Area) -> None:
-        """quirk: only all areas together were checked for alignment; the table refuses a part (pt_iommu_map_range)."""
+        """What the table of a domain refuses: EINVAL, ENXIO (pt_iommu_map_range).
+
+        quirk: only all areas together were checked for alignment, the table refuses a part.
+        """
+        if not area.writable and any(domain.refuses_read_only for domain in self.domains):
+            raise EINVAL("a nesting parent has no read-only entries (VT-d erratum 772415): map with WRITEABLE")
         least = max(domain.pgsize_bitmap & -domain.pgsize_bitmap for domain in self.domains)
         if (area.iova | area.last + 1) & (least - 1) and not area.pages.revoked:
             raise ENXIO(f"no table entry can map iova {area.iova:#x}..{area.last:#x}")
@@ -249,6 +262,21 @@ class IoPagetable(IovaSpace):
         byte = area.byte(iova)
         page = area.pages.page(byte >> PAGE_SHIFT)
         return None if page is None else (page, byte % PAGE_SIZE, area.readable, area.writable)
+
+    def extent(self, iova: int) -> Extent | None:
+        """The stretch around iova that is contiguous in memory, as wide as the area and the pinned run allow."""
+        area = self.areas.first(iova, iova)
+        if area is None or not area.filled:
+            return None
+        found = area.pages.run_at(area.byte(iova) >> PAGE_SHIFT)
+        if found is None:
+            return None
+        index, run = found
+        base = area.iova - area.start_byte  # the IOVA of byte 0 of the pages; may be negative
+        first = max(area.iova, base + (index << PAGE_SHIFT))
+        last = min(area.last, base + (index + run.npages << PAGE_SHIFT) - 1)
+        pos = (run.page - index << PAGE_SHIFT) + first - base
+        return Extent(first, last, run.file, pos, area.readable, area.writable)
 
     def entry(self, iova: int, pgsizes: int) -> tuple[int, int] | None:
         """The table entry around iova: (first IOVA, bytes).

@@ -161,16 +161,20 @@ class Pages:
             first += count
             at += 1
 
-    def page(self, index: int) -> PageRun | None:
-        """The identity of one page, None when it is not pinned."""
+    def run_at(self, index: int) -> tuple[int, PageRun] | None:
+        """(index of its first page, the run of pages that holds index); None when it is not pinned."""
         if not self.pinned:
             return None
         at = bisect_right(self.pinned, index, key=_index) - 1
         if at < 0:
             return None
-        start, run = self.pinned[at]
-        skip = index - start
-        return PageRun(run.file, run.page + skip, 1) if skip < run.npages else None
+        found = self.pinned[at]
+        return found if index - found[0] < found[1].npages else None
+
+    def page(self, index: int) -> PageRun | None:
+        """The identity of one page, None when it is not pinned."""
+        found = self.run_at(index)
+        return None if found is None else PageRun(found[1].file, found[1].page + index - found[0], 1)
 
     def _pin(self, caller: Caller, first: int, last: int) -> None:
         caller.gate(Gate.PIN)
@@ -378,8 +382,8 @@ class DmabufPages(Pages):
     def unfill(self, first: int, last: int) -> None:
         """Nothing to unpin."""
 
-    def page(self, index: int) -> PageRun | None:
-        return None if self.revoked else PageRun(self.dmabuf, (self.start >> PAGE_SHIFT) + index, 1)
+    def run_at(self, index: int) -> tuple[int, PageRun] | None:
+        return None if self.revoked else (0, PageRun(self.dmabuf, self.start >> PAGE_SHIFT, self.npages))
 
     def runs(self, first: int, last: int) -> Iterator[PageRun]:
         if not self.revoked:

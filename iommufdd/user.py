@@ -178,6 +178,13 @@ class PageFile(File):
         """Bytes now: it can shrink at any time unless sealed."""
         raise NotImplementedError
 
+    def view(self, end: int) -> memoryview | None:
+        """At least the first `end` bytes, where nobody can take pages away under it; it may be kept.
+
+        Hardware reads tables and moves data through it; where there is none, through pread() and pwrite().
+        """
+        return None
+
     def pread(self, pos: int, length: int) -> bytes:
         """Bytes at pos; shorter at the end of the file."""
         raise NotImplementedError

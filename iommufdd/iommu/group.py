@@ -48,13 +48,18 @@ class Fault:
 class IopfGroup:
     """struct iopf_group: the page requests one response answers."""
 
-    __slots__ = ("cookie", "faults", "handle", "respond")
+    __slots__ = ("_answer", "cookie", "faults", "handle", "withdrawn")
 
-    def __init__(self, handle: AttachHandle, faults: list[Fault], respond: Callable[[int], None]) -> None:
+    def __init__(self, handle: AttachHandle, faults: list[Fault], answer: Callable[[IopfGroup, int], None]) -> None:
         self.handle = handle
         self.faults = faults
-        self.respond = respond  # answers the device: IOMMU_PAGE_RESP_*
+        self._answer = answer
         self.cookie = 0
+        self.withdrawn = False  # its attachment ended before the user answered
+
+    def respond(self, code: int) -> None:
+        """Answer the device: IOMMU_PAGE_RESP_*."""
+        self._answer(self, code)
 
 
 class IommuGroup:
@@ -90,7 +95,7 @@ class IommuGroup:
         """iommu_attach_group_handle(): EBUSY, EINVAL, the driver's."""
         if IOMMU_NO_PASID in self.handles or self.domain is not self.blocking:
             raise EBUSY("the group has a domain already")
-        if handle.domain.owner is not self.devices[0].iommu:
+        if handle.domain.owner.driver != self.devices[0].iommu.driver:
             raise EINVAL("the domain belongs to another IOMMU")
         self._set_domain(handle.domain)
         self.handles[IOMMU_NO_PASID] = handle
@@ -131,7 +136,7 @@ class IommuGroup:
         domain = handle.domain
         if not isinstance(domain, PasidDomain) or not isinstance(dev.iommu.blocked_domain, PasidDomain):
             raise EOPNOTSUPP("this IOMMU cannot attach PASIDs")
-        if domain.owner is not dev.iommu or pasid == IOMMU_NO_PASID:
+        if domain.owner.driver != dev.iommu.driver or pasid == IOMMU_NO_PASID:
             raise EINVAL("PASID 0 or a domain of another IOMMU")
         for member in self.devices:
             if member.max_pasids and pasid >= member.max_pasids:
@@ -146,7 +151,7 @@ class IommuGroup:
         domain = handle.domain
         if not isinstance(domain, PasidDomain):
             raise EOPNOTSUPP("this IOMMU cannot attach PASIDs")
-        if domain.owner is not dev.iommu or pasid == IOMMU_NO_PASID:
+        if domain.owner.driver != dev.iommu.driver or pasid == IOMMU_NO_PASID:
             raise EINVAL("PASID 0 or a domain of another IOMMU")
         current = self.handles.get(pasid)
         if current is None:
@@ -202,6 +207,12 @@ class Iopf:
         self._users = 0
         self._partial: list[Fault] = []
         self.responses: list[tuple[Fault, int]] = []  # what the device was answered, newest last
+        self.answered: Callable[[IopfGroup, int], None] | None = None  # the device, if it listens
+
+    @property
+    def enabled(self) -> bool:
+        """A domain with a handler is attached."""
+        return self._users > 0
 
     def enable(self, domain: Domain | None) -> None:
         """iopf_queue_add_device(), once for all domains."""
@@ -227,11 +238,13 @@ class Iopf:
         group = [part for part in self._partial if part.grpid == fault.grpid]
         self._partial = [part for part in self._partial if part.grpid != fault.grpid]
         assert handle.domain.iopf_handler is not None
-        handle.domain.iopf_handler(IopfGroup(handle, [*group, fault], lambda code: self._respond(fault, code)))
+        handle.domain.iopf_handler(IopfGroup(handle, [*group, fault], self._respond))
 
-    def _respond(self, fault: Fault, code: int) -> None:
-        self.responses.append((fault, code))
+    def _respond(self, group: IopfGroup, code: int) -> None:
+        self.responses.append((group.faults[-1], code))
         del self.responses[:-64]
+        if self.answered is not None:
+            self.answered(group, code)
 
     def _find_handler(self, fault: Fault, *, pasid_valid: bool) -> AttachHandle | None:
         """find_fault_handler(): a PASID nobody attached belongs to the user's table behind a nested RID."""

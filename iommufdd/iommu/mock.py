@@ -128,6 +128,7 @@ class MockNested(MockDomain):
 class MockIommu:
     """struct mock_iommu_device with mock_ops: one instance for all mock devices of a machine."""
 
+    driver = "mock"
     user_pasid_table = True
 
     def __init__(self) -> None:

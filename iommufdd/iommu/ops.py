@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from iommufdd.user import PageRun
+    from iommufdd.user import PageFile, PageRun
     from iommufdd.user_data import UserData, UserDataArray
 
     from .group import IommuGroup, IopfGroup
@@ -45,11 +45,26 @@ class ResvRegion(NamedTuple):
     kind: str  # "direct-relaxable", "reserved", "msi", "sw-msi"
 
 
+class Extent(NamedTuple):
+    """[first, last] of an address space, shown by consecutive bytes of one file."""
+
+    first: int
+    last: int
+    file: PageFile
+    pos: int  # byte of the file behind `first`
+    readable: bool
+    writable: bool
+
+
 class Translation(Protocol):
     """The address space behind a paging domain: what the kernel would have written into its table."""
 
     def translate(self, iova: int) -> tuple[PageRun, int, bool, bool] | None:
         """(page, byte in the page, readable, writable) of a mapped iova."""
+        ...
+
+    def extent(self, iova: int) -> Extent | None:
+        """The largest stretch around a mapped iova that is contiguous in memory and has one set of rights."""
         ...
 
     def entry(self, iova: int, pgsizes: int) -> tuple[int, int] | None:
@@ -64,6 +79,7 @@ class Domain:
     pgsize_bitmap = 0
     aperture_start = 0
     aperture_end = 2**64 - 1
+    refuses_read_only = False  # its table has no read-only entries: IOMMU_IOAS_MAP needs WRITEABLE
     translation: Translation | None = None  # of a paging domain, once it is in an IOAS
     iopf_handler: Callable[[IopfGroup], None] | None = None
     dirty_ops: DirtyOps | None = None
@@ -107,8 +123,9 @@ class MmapRegion(Protocol):
 class IommuOps(Protocol):
     """struct iommu_ops together with its struct iommu_device: one IOMMU instance."""
 
+    driver: str  # whose iommu_ops these are: instances of one driver may share domains
     blocked_domain: Domain
-    user_pasid_table: bool
+    user_pasid_table: bool  # a PASID nobody attached belongs to the user's own table
 
     def capable(self, dev: Device, cap: Cap) -> bool:
         """device_iommu_capable()."""

@@ -42,16 +42,25 @@ class SharedFile(PageFile):
         self.writable = key[2]
         self.compound = os.fstatvfs(fd).f_bsize > PAGE_SIZE  # on hugetlbfs
         self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
 
     def release(self) -> None:
         if self._map is not None:
-            self._map.close()
+            self._map = self._view = None  # closed with the last view of it
             self.files.nofile.uncharge(self.uid)
         self.files.forget(self)
         os.close(self.fd)
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size
+
+    def view(self, end: int) -> memoryview | None:
+        mapped = self._mapped(end)
+        if mapped is None or end > len(mapped):
+            return None
+        if self._view is None:
+            self._view = memoryview(mapped)
+        return None if self._view.readonly else self._view
 
     def pread(self, pos: int, length: int) -> bytes:
         view = self._mapped(pos + length)
@@ -89,8 +98,7 @@ class SharedFile(PageFile):
         try:
             if self._map is None:
                 self.files.nofile.charge(self.uid)  # an mmap object keeps a descriptor of its own
-            else:
-                self._map.close()
+            self._view = None  # the old mapping goes with its last view
             self._map = mmap.mmap(self.fd, 0, access=access)
         except IommufdError:
             return

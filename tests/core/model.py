@@ -72,6 +72,7 @@ class ModelIommu:
     user_pasid_table = False
 
     def __init__(self) -> None:
+        self.driver = f"model {id(self):#x}"
         self.pgsize_bitmap = PAGE_SIZE
         self.blocked_domain: Domain = ModelDomain(self, DomainType.BLOCKED)
         self.domains: list[ModelDomain] = []  # all it ever made

@@ -29,6 +29,9 @@ class Memfd(PageFile):
     def size(self) -> int:
         return len(self.data)
 
+    def view(self, end: int) -> memoryview | None:
+        return memoryview(self.data) if end <= len(self.data) else None
+
     def pread(self, pos: int, length: int) -> bytes:
         return bytes(self.data[pos : pos + length])
 

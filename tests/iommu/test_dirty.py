@@ -23,6 +23,9 @@ class Table:
     def translate(self, iova: int) -> tuple[PageRun, int, bool, bool] | None:
         raise NotImplementedError
 
+    def extent(self, iova: int) -> Extent | None:
+        raise NotImplementedError
+
 
 @st.composite
 def tables(draw: st.DrawFn) -> list[tuple[int, int]]:

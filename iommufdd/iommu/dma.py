@@ -1,0 +1,197 @@
+"""DMA as a stepping object: one step moves one stretch through one translation, fails, or waits for a page.
+
+Each step is atomic: it sees one translation, the old or the new one of a replace, and uses it to its end.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .walk import READ, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .endpoint import Endpoint
+    from .tlb import TlbEntry
+    from .walk import TranslationFault
+
+STRETCH = 1 << 20  # bytes that one step moves at most
+RETRIES = 64  # page requests answered with SUCCESS that may fault again without progress
+
+
+class Op(enum.Enum):
+    """What the device does with memory."""
+
+    READ = "read"
+    WRITE = "write"
+    FILL = "fill"
+    COMPARE = "compare"
+
+
+class State(enum.Enum):
+    """Where a DMA stands."""
+
+    RUNNING = "running"
+    PARKED = "parked"  # a page request is not answered yet
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Dma:
+    """One transfer of `length` bytes at `iova`; `data` is what is read, written or compared with.
+
+    A fill repeats data. `done` counts bytes moved. On failure `error` says why, in words, and `fault` is the
+    translation fault if it was one. A comparison that fails leaves the offset of the first difference in `done`.
+    """
+
+    __slots__ = ("access", "data", "dev", "done", "ended", "error", "fault", "group", "iova", "length", "op", "pasid",
+                 "retries", "state")  # fmt: skip
+
+    def __init__(
+        self, dev: Endpoint, op: Op, iova: int, length: int, *, data: bytes = b"", pasid: int | None = None,
+        priv: int = 0, ended: Callable[[Dma], None] | None = None,
+    ) -> None:  # fmt: skip
+        """pasid: None for a request without PASID. priv: PRIV for a privileged request. ended: called once."""
+        self.dev = dev
+        self.op = op
+        self.iova = iova
+        self.length = length
+        self.pasid = pasid
+        self.access = (WRITE if op in (Op.WRITE, Op.FILL) else READ) | priv
+        self.data = bytearray(length) if op is Op.READ else bytearray(data)
+        self.done = 0
+        self.state = State.RUNNING
+        self.error = ""
+        self.fault: TranslationFault | None = None
+        self.group = -1  # the page request group it waits for
+        self.retries = 0
+        self.ended = ended
+
+    def step(self) -> State:
+        """One stretch; the state after it."""
+        iova = self.iova + self.done
+        try:
+            entry = self.dev.translate(self.pasid, iova, self.access)
+        except self.dev.fault_type as fault:
+            return self._refused(fault)
+        count = min(self.length - self.done, entry.last - iova + 1, STRETCH)
+        self.retries = 0
+        if not self._move(entry, iova - entry.first + entry.pos, count):
+            return self.state
+        self.done += count
+        return self.end(State.DONE) if self.done == self.length else State.RUNNING
+
+    def run(self) -> State:
+        """Step until it ends or waits."""
+        while self.state is State.RUNNING:
+            self.step()
+        return self.state
+
+    def fail(self, error: str) -> State:
+        """Give up: the device sees an abort."""
+        self.error = error
+        return self.end(State.FAILED)
+
+    def resume(self) -> None:
+        """The page request was answered with SUCCESS: try again."""
+        self.state = State.RUNNING
+        self.group = -1
+        self.retries += 1
+
+    def end(self, state: State) -> State:
+        """It is over: tell whoever waits."""
+        self.state = state
+        self.dev.finished(self)
+        if self.ended is not None:
+            self.ended(self)
+        return state
+
+    def _refused(self, fault: TranslationFault) -> State:
+        self.fault = fault
+        if self.retries >= RETRIES:
+            return self.fail(f"answered with SUCCESS {RETRIES} times, and still {fault}")
+        if self.dev.request_page(self, fault):
+            self.state = State.PARKED
+            return self.state
+        return self.state if self.state is State.FAILED else self.fail(str(fault))
+
+    # ---- bytes ----
+
+    def _move(self, entry: TlbEntry, pos: int, count: int) -> bool:
+        view = entry.view
+        done = self.done
+        if self.op is Op.READ:
+            if view is not None:
+                self.data[done : done + count] = view[pos : pos + count]
+                return True
+            got = entry.file.pread(pos, count)
+            self.data[done : done + len(got)] = got
+            return len(got) == count or self._gone(entry, len(got))
+        if self.op is Op.COMPARE:
+            return self._compare(entry, pos, count)
+        data = self.data if self.op is Op.WRITE else self._pattern(count)
+        at = done if self.op is Op.WRITE else 0
+        if view is not None:
+            view[pos : pos + count] = data if at == 0 and count == len(data) else memoryview(data)[at : at + count]
+            return True
+        stored = entry.file.pwrite(pos, bytes(data[at : at + count]))
+        return stored == count or self._gone(entry, stored)
+
+    def _compare(self, entry: TlbEntry, pos: int, count: int) -> bool:
+        got = bytes(entry.view[pos : pos + count]) if entry.view is not None else entry.file.pread(pos, count)
+        want = self.data[self.done : self.done + count]
+        if got == want:
+            return True
+        at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(got))
+        self.done += at
+        self.fail(f"differs at byte {self.done:#x} (iova {self.iova + self.done:#x})")
+        return False
+
+    def _pattern(self, count: int) -> bytearray:
+        """data, repeated, in phase with the start of the transfer."""
+        phase = self.done % len(self.data)
+        return ((self.data[phase:] + self.data[:phase]) * (count // len(self.data) + 1))[:count]
+
+    def _gone(self, entry: TlbEntry, count: int) -> bool:
+        self.done += count
+        self.fail(f"the memory behind iova {self.iova + self.done:#x} is gone")
+        return False
+
+
+class DmaQueue:
+    """The transfers of a machine that can go on, in turn; `work` is called when there is some again."""
+
+    def __init__(self) -> None:
+        self.running: deque[Dma] = deque()
+        self.parked: dict[Dma, None] = {}
+        self.work: Callable[[], None] | None = None
+
+    def submit(self, dma: Dma) -> None:
+        """Run it when the queue is pumped; a transfer of no bytes too."""
+        if dma.length == 0:
+            dma.end(State.DONE)
+            return
+        self.parked.pop(dma, None)
+        self.running.append(dma)
+        if self.work is not None:
+            self.work()
+
+    def pump(self, steps: int) -> bool:
+        """At most `steps` steps, one per transfer in turn; True while more is to do."""
+        running = self.running
+        while running and steps:
+            dma = running.popleft()
+            steps -= 1
+            state = dma.state if dma.state is not State.RUNNING else dma.step()
+            if state is State.RUNNING:
+                running.append(dma)
+            elif state is State.PARKED:
+                self.parked[dma] = None
+        return bool(running)
+
+    def ended(self, dma: Dma) -> None:
+        """It has failed while it was parked."""
+        self.parked.pop(dma, None)

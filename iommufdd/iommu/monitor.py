@@ -1,0 +1,65 @@
+"""Who watches the hardware: trace, the sanitizer. A model tells all of its monitors, and pays nothing for none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dma import Dma
+    from .endpoint import Endpoint
+    from .group import IopfGroup
+    from .ops import Domain
+    from .replace import Switch
+    from .tlb import TlbEntry
+    from .walk import TranslationFault
+
+
+class Invalidation:
+    """One command to a cache: what it covers and what it dropped."""
+
+    def __init__(
+        self, cache: str, granularity: str, tag: object, first: int = 0, last: int = 2**64 - 1, *, leaf: bool = False,
+        user: bool = False,
+    ) -> None:  # fmt: skip
+        """cache: "IOTLB", "device TLB", "PASID cache". user: the client asked for it, not the driver."""
+        self.cache = cache
+        self.granularity = granularity  # "page", "PASID", "domain", "all"
+        self.tag = tag
+        self.first = first
+        self.last = last
+        self.leaf = leaf  # only leaf entries: tables that are kept stay
+        self.user = user
+        self.dropped: list[TlbEntry] = []
+        self.tables = 0  # entries of the paging-structure cache dropped
+
+    def __str__(self) -> str:
+        where = f" {self.first:#x}..{self.last:#x}" if self.granularity == "page" else ""
+        return f"{self.cache} invalidation, {self.granularity} {self.tag}{where}" + (" leaf" if self.leaf else "")
+
+
+class Monitor:
+    """Listens to one IOMMU and its devices; every method may be left out."""
+
+    def used(self, dev: Endpoint, pasid: int | None, iova: int, access: int, entry: TlbEntry) -> None:
+        """A DMA goes through a translation, cached or just made."""
+
+    def fault(self, dev: Endpoint, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
+        """A translation was refused and the hardware has recorded it."""
+
+    def invalidated(self, what: Invalidation) -> None:
+        """A cache was told to drop something."""
+
+    def requested(self, dev: Endpoint, pasid: int | None, group: int, iova: int, access: int) -> None:
+        """A device has asked for a page (PRI)."""
+
+    def answered(self, dev: Endpoint, group: IopfGroup, code: int) -> None:
+        """A page request has its response."""
+
+    def switched(self, switch: Switch) -> None:
+        """A (device, PASID) has got another domain."""
+
+    def finished(self, dma: Dma) -> None:
+        """A DMA has ended, well or not."""
+
+    def freed(self, domain: Domain) -> None:
+        """A domain is gone, and with it the window in which a flush could still have come."""

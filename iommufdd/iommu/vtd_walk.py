@@ -1,0 +1,240 @@
+"""VT-d's translation of one request: first stage, second stage, or one through the other (VT-d spec 3.6 to 3.8).
+
+A kernel's own table is what its areas show; a guest's first stage is bytes, walked through the second stage. A cached
+walk fills the caches and sets accessed and dirty bits; a fresh one has no side effects.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from .ops import Extent
+from .tlb import Space, TlbEntry
+from .vtd_pasid import FIRST, SECOND
+from .vtd_regs import Reason
+from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Step, TranslationFault, Why, allowed
+from .x86_64 import Rules, Start, canonical, root, walk
+
+if TYPE_CHECKING:
+    from iommufdd.description import VtdIommu
+
+    from .vtd_domain import VtdPaging
+    from .vtd_hw import VtdHardware
+    from .vtd_pasid import PasidEntry
+    from .walk import Leaf
+
+_entry_at = struct.Struct("<Q")
+
+
+class Kept(NamedTuple):
+    """What the paging-structure cache holds: where to go on, and the entries that led there."""
+
+    start: Start
+    steps: tuple[Step, ...]
+
+
+class Context:
+    """A PASID-table entry, decoded, with the caches that its tag selects."""
+
+    __slots__ = ("domain", "entry", "pasid", "rules", "space", "start", "tables")
+
+    def __init__(
+        self, entry: PasidEntry, pasid: int, domain: VtdPaging, space: Space, tables: Space, description: VtdIommu
+    ) -> None:
+        """domain: the kernel's table that the entry names; tables: what the second stage gives for table pages."""
+        self.entry = entry
+        self.pasid = pasid
+        self.domain = domain
+        self.space = space
+        self.tables = tables
+        self.rules = Rules(levels=4 + entry.fspm, pages_1g=description.pages_1g, haw=description.haw,
+                           write_protect=entry.wpe, extended_access=entry.eafe)  # fmt: skip
+        self.start = root(entry.fsptptr, self.rules)
+
+    def check_request(self, access: int) -> None:
+        """Execute and privileged requests need the entry's consent. TranslationFault."""
+        for bit, consent, why, code in (
+            (EXEC, self.entry.ere, Why.NO_EXECUTE_REQUESTS, Reason.NO_EXECUTE_REQUESTS),
+            (PRIV, self.entry.sre, Why.NO_SUPERVISOR_REQUESTS, Reason.NO_SUPERVISOR_REQUESTS),
+        ):
+            if access & bit and not consent:
+                fault = TranslationFault(why, stage=0, level=0, addr=0)
+                fault.code = code
+                raise fault
+
+
+class Walk:
+    """One translation of one context."""
+
+    __slots__ = ("_cached", "_context", "_hw", "_level", "_steps")
+
+    def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
+        self._hw = hw
+        self._context = context
+        self._cached = cached
+        self._steps: list[Step] = []
+        self._level = 0  # of the first-stage entry that is read first
+
+    def translate(self, iova: int, access: int) -> TlbEntry:
+        """The translation, kept in the IOTLB if this walk is cached. TranslationFault with the steps made."""
+        pgtt = self._context.entry.pgtt
+        try:
+            if pgtt == FIRST:
+                entry = self._first(iova, access)
+            elif pgtt == SECOND:
+                extent, rights = self._second(iova, access, During.ACCESS)
+                entry = _from_extent(extent, rights)
+            else:
+                entry = self._nested(iova, access)
+        except TranslationFault as fault:
+            fault.steps = tuple(self._steps)
+            raise
+        if self._cached:
+            self._context.space.insert(entry)
+        return entry
+
+    # ---- the kernel's tables ----
+
+    def _first(self, iova: int, access: int) -> TlbEntry:
+        """A first stage of the kernel's: mapped is readable, for users, without execution."""
+        levels = self._context.rules.levels
+        if not canonical(iova, levels):
+            raise TranslationFault(Why.CANONICAL, stage=1, level=levels, addr=iova)
+        extent = self._extent(iova)
+        if extent is None:
+            raise TranslationFault(Why.NOT_PRESENT, stage=1, level=1, addr=iova)
+        if access & WRITE and not extent.writable:
+            raise TranslationFault(Why.WRITE, stage=1, level=1, addr=iova)
+        if access & EXEC:
+            raise TranslationFault(Why.EXECUTE, stage=1, level=1, addr=iova)
+        return _from_extent(extent, allowed(readable=True, writable=extent.writable))
+
+    def _second(self, ipa: int, access: int, during: During) -> tuple[Extent, int]:
+        """The second stage's answer, and the accesses that need not ask again. TranslationFault."""
+        domain = self._context.domain
+        if ipa > domain.aperture_end:
+            raise self._stop(Why.ADDRESS_SIZE, ipa, during)
+        extent = self._extent(ipa)
+        if extent is None:
+            raise self._stop(Why.NOT_PRESENT, ipa, during)
+        if access & READ and not extent.readable:
+            raise self._stop(Why.READ, ipa, during)
+        if access & WRITE and not extent.writable:
+            raise self._stop(Why.WRITE, ipa, during)
+        rights = allowed(readable=extent.readable, writable=extent.writable)
+        if self._context.entry.ssade:
+            extent, rights = self._dirty(extent, rights, ipa, access, during)
+        return extent, rights
+
+    def _dirty(self, extent: Extent, rights: int, ipa: int, access: int, during: During) -> tuple[Extent, int]:
+        """With A/D bits a translation is one table entry, and may be written once its D bit is set."""
+        domain = self._context.domain
+        assert domain.translation is not None
+        found = domain.translation.entry(ipa, domain.pgsize_bitmap)
+        if found is not None:
+            first, size = found
+            extent = extent._replace(first=first, last=first + size - 1, pos=extent.pos + first - extent.first)
+        if not access & WRITE:
+            return extent, rights & ~WRITES
+        if not self._context.entry.pwsnp:
+            raise self._stop(Why.ACCESS_FLAG, ipa, during)
+        if self._cached and domain.dirty_bits is not None:
+            domain.dirty_bits.set_dirty(ipa)
+        return extent, rights
+
+    def _extent(self, address: int) -> Extent | None:
+        translation = self._context.domain.translation
+        return translation.extent(address) if translation is not None else None
+
+    def _stop(self, why: Why, ipa: int, during: During) -> TranslationFault:
+        level = self._level - len(self._steps) if during is not During.ACCESS else 1
+        return TranslationFault(why, stage=2, level=level, addr=ipa, during=during)
+
+    # ---- a guest's first stage ----
+
+    def _nested(self, iova: int, access: int) -> TlbEntry:
+        kept = self._kept(iova) if self._cached else None
+        start, before = kept or (self._context.start, ())
+        self._level = start.level
+        steps = self._steps
+        update = self._update if self._cached else None
+        leaf = walk(self._fetch, update, start, self._context.rules, iova, access, steps)
+        if self._cached:
+            self._keep(start, before, iova)
+        steps[:0] = before
+        gpa = leaf.out + iova - leaf.first
+        extent, rights = self._second(gpa, access & ~(EXEC | PRIV), During.ACCESS)
+        return _combined(leaf, iova, gpa, extent, rights, tuple(steps))
+
+    def _fetch(self, gpa: int) -> int:
+        page = self._table(gpa, READ, During.WALK)
+        pos = page.pos + gpa - page.first
+        if page.view is not None:
+            value: int = _entry_at.unpack_from(page.view, pos)[0]
+            return value
+        data = page.file.pread(pos, 8)
+        if len(data) < 8:
+            raise TranslationFault(Why.UNREADABLE, stage=1, level=self._level - len(self._steps), addr=gpa)
+        return int.from_bytes(data, "little")
+
+    def _update(self, gpa: int, old: int, new: int) -> None:
+        """Set A, D or EA: the low two bytes, if nobody has changed them meanwhile."""
+        if not self._context.entry.pwsnp:
+            raise TranslationFault(Why.ACCESS_FLAG, stage=1, level=self._level - len(self._steps) + 1, addr=gpa)
+        page = self._table(gpa, READ | WRITE, During.UPDATE)
+        pos = page.pos + gpa - page.first
+        new_bytes = (new & 0xFFFF).to_bytes(2, "little")
+        if page.view is not None:
+            if page.view[pos] == old & 0xFF:
+                page.view[pos : pos + 2] = new_bytes
+        else:
+            page.file.pwrite(pos, new_bytes)
+
+    def _table(self, gpa: int, access: int, during: During) -> TlbEntry:
+        """The page of a first-stage table, through the second stage."""
+        tables = self._context.tables
+        if self._cached:
+            found = tables.lookup(gpa)
+            if found is not None and found.allowed >> access & 1:
+                return found
+        extent, rights = self._second(gpa, access, during)
+        entry = _from_extent(extent, rights)
+        if self._cached:
+            tables.insert(entry)
+        return entry
+
+    # ---- the paging-structure cache ----
+
+    def _kept(self, iova: int) -> Kept | None:
+        tables = self._context.space.tables
+        if tables:
+            for level in range(1, self._context.rules.levels):
+                found = tables.get((level, iova >> 9 * level + 12))
+                if found is not None:
+                    assert isinstance(found, Kept)
+                    return found
+        return None
+
+    def _keep(self, start: Start, before: tuple[Step, ...], iova: int) -> None:
+        """Every table that this walk has passed."""
+        rights = start.rights
+        steps = self._steps
+        for at, step in enumerate(steps[:-1], 1):
+            rights &= step.entry ^ 1 << 63
+            level = step.level - 1
+            kept = Kept(Start(step.entry & 0x000F_FFFF_FFFF_F000, level, rights), (*before, *steps[:at]))
+            self._context.space.keep_table(level, iova >> 9 * level + 12, kept)
+
+
+def _from_extent(extent: Extent, rights: int) -> TlbEntry:
+    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first, steps=())
+
+
+def _combined(leaf: Leaf, iova: int, gpa: int, extent: Extent, rights: int, steps: tuple[Step, ...]) -> TlbEntry:
+    """What both stages give together: the smaller stretch, the common rights."""
+    first = max(leaf.first, iova - (gpa - extent.first))
+    last = min(leaf.first + leaf.size - 1, iova + (extent.last - gpa))
+    ipa = gpa - (iova - first)
+    pos = extent.pos + ipa - extent.first
+    return TlbEntry(first, last, extent.file, pos, leaf.allowed & rights, ipa=ipa, steps=steps)

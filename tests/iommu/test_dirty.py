@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from iommufdd.iommu.dirty import DirtyBits
 from iommufdd.iommu.mock import MockIommu, MockPaging
+from iommufdd.iommu.ops import Extent
 from iommufdd.user import PAGE_SIZE, PageRun
 
 GRANULE = 2048

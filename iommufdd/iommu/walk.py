@@ -75,7 +75,9 @@ class TranslationFault(Exception):
         super().__init__(why)
 
     def __str__(self) -> str:
-        text = f"{self.why.value}: stage {self.stage} level {self.level} address {self.addr:#x}"
+        text = f"fault {self.code:#x}: {self.name}" if self.name else self.why.value
+        if self.stage:
+            text += f" (stage {self.stage} level {self.level} address {self.addr:#x})"
         if self.during is not During.ACCESS:
             text += f", translating {self.during.value}"
         return text

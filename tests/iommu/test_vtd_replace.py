@@ -1,0 +1,225 @@
+"""Replace under traffic: every stretch of a DMA sees the old domain or the new one, and nothing fails for the switch."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+
+import iommufd_uapi.iommufd as uapi
+from iommufdd.device import IommufdDevice
+from iommufdd.errors import EINVAL
+from iommufdd.iommu.dma import Dma, Op, State
+from iommufdd.iommu.monitor import Monitor
+from iommufdd.iommu.replace import Switch
+from iommufdd.iommu.vtd import Vtd
+from iommufdd.iommu.vtd_regs import Reason
+from iommufdd.user import PAGE_SIZE
+from tests.core.harness import FAULT, PASID
+
+from .lab import Lab, endpoint
+from .tables import X86Table
+
+IOVA = 0x40_0000
+PAGES = 8
+SEEDS = range(10)
+REPLACES = 1_000  # of each seed: 10,000 in all
+
+
+class Target(NamedTuple):
+    """Something to attach to: every page it shows begins with its own number."""
+
+    pt: int
+    mark: int
+
+
+def targets(lab: Lab, idev: IommufdDevice, *, pasid: bool = False) -> list[Target]:
+    """Two IOAS, two second stages and two nested domains, all of them showing [IOVA, IOVA + PAGES)."""
+    flags = PASID if pasid else 0
+    found: list[Target] = []
+    for mark in (1, 2):
+        ioas, ram = lab.ram()
+        for page in range(PAGES):
+            ram.write(IOVA % 0x10_0000 + page * PAGE_SIZE, bytes([mark]) * 8)
+            ram.write(0x20_0000 + page * PAGE_SIZE, bytes([mark]) * 8)
+        fd_ram = lab.c.process.map(ram.file)
+        shown = lab.c.ioas_alloc()
+        lab.c.map(shown, fd_ram + 0x20_0000, PAGES * PAGE_SIZE, IOVA)
+        found.append(Target(lab.c.hwpt(idev.id, shown, flags), mark))
+        found.append(Target(lab.c.hwpt(idev.id, shown, flags | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT), mark))
+        parent = lab.parent(idev, ioas)
+        table = X86Table(ram, 0x10_0000)
+        for page in range(PAGES):
+            table.map(IOVA + page * PAGE_SIZE, 0x20_0000 + page * PAGE_SIZE)
+        found.append(Target(lab.nested(idev, parent, table.root, flags=flags), mark))
+    return found
+
+
+class Traffic(Monitor):
+    """Bursts that straddle replaces: before each store, between any two and after, a burst takes some steps."""
+
+    def __init__(self, lab: Lab, idev: IommufdDevice, seed: int, pasid: int | None) -> None:
+        self.lab = lab
+        self.idev = idev
+        self.pasid = pasid
+        self.random = random.Random(seed)
+        self.burst: Dma | None = None
+        self.allowed: set[int] = set()  # marks that a page may show now
+        self.seen: Counter[str] = Counter()
+
+    def some(self) -> None:
+        """A few steps of the burst under way."""
+        for _ in range(self.random.randrange(3)):
+            if self.burst is None:
+                self.burst = self.lab.dma(self.idev, Op.READ, IOVA, PAGES * PAGE_SIZE, pasid=self.pasid)
+            before = self.burst.done
+            state = self.burst.step()
+            assert state is not State.FAILED, self.burst.error
+            for at in range(before, self.burst.done):
+                if at % PAGE_SIZE == 0:
+                    assert self.burst.data[at] in self.allowed
+                    self.seen["page"] += 1
+            if state is State.DONE:
+                self.burst = None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bursts_that_straddle_replaces_see_old_or_new_and_never_fail(seed: int) -> None:
+    lab = Lab(mode=("faithful", "greedy", "off")[seed % 3])
+    idev = lab.device(ats=bool(seed % 2), pasids=10)
+    pasid = 5 if seed % 4 == 3 else None
+    places = targets(lab, idev, pasid=pasid is not None)
+    traffic = Traffic(lab, idev, seed, pasid)
+    now = places[0]
+    traffic.allowed = {now.mark}
+    if pasid is not None:
+        lab.attach(idev, places[0].pt)
+    lab.attach(idev, now.pt, pasid or 0)
+    lab.iommu.stored = lambda dev, number: traffic.some()
+    for _ in range(REPLACES):
+        new = traffic.random.choice(places)
+        traffic.some()
+        traffic.allowed = {now.mark, new.mark}
+        lab.replace(idev, new.pt, pasid or 0)
+        now = new
+        traffic.allowed = {now.mark}  # once replace has returned nothing shows the old one
+        traffic.some()
+    assert traffic.seen["page"] > REPLACES
+    assert not lab.iommu.faults
+
+
+def test_a_switch_in_two_stores_is_caught() -> None:
+    """The mutant: P is cleared first, so a walk between the stores finds nothing."""
+
+    def two_stores(self: Vtd, dev: object, pasid: int, old: object, new: object, words: tuple[int, ...]) -> None:
+        table = self.table(dev)  # type: ignore[arg-type]
+        table.store(pasid, 0, 0)
+        self.contexts.drop(lambda *_: True)
+        self.iotlb.drop_spaces(lambda _: True)
+        table.publish(pasid, words)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(Vtd, "switch", two_stores)
+        for seed in SEEDS:
+            test_bursts_that_straddle_replaces_see_old_or_new_and_never_fail(seed)
+
+
+def test_a_switch_that_forgets_the_caches_is_caught() -> None:
+    def no_flush(self: Vtd, dev: object, pasid: int, old: object, new: object, words: tuple[int, ...]) -> None:
+        self.table(dev).publish(pasid, words)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(Vtd, "switch", no_flush)
+        test_bursts_that_straddle_replaces_see_old_or_new_and_never_fail(1)
+
+
+def test_page_requests_pending_at_the_switch_are_answered_invalid_and_counted_apart() -> None:
+    lab = Lab()
+    idev = lab.device(pri=True)
+    ioas, ram = lab.ram()
+    fault_id, fd = lab.c.fault_queue()
+    other, _ = lab.ram()
+    lab.attach(idev, lab.c.hwpt(idev.id, other, FAULT, fault=fault_id))
+    read, unread = (lab.dma(idev, Op.WRITE, 0x7000_0000 + n * PAGE_SIZE, 4) for n in range(2))
+    assert read.run() is State.PARKED
+    first = uapi.HwptPgfault.unpack(lab.c.read(fd, 40))
+    assert unread.run() is State.PARKED
+    lab.replace(idev, ioas)
+    assert read.state is unread.state is State.FAILED
+    assert "attachment ended" in read.error
+    counters = endpoint(idev).counters
+    assert (counters.withdrawn, counters.invalid) == (2, 0)
+    assert lab.c.read(fd, 40) == b""
+    lab.c.fails(lambda: lab.c.write(fd, uapi.HwptPageResponse(cookie=first.cookie, code=0).pack()), EINVAL.errno)
+    del ram
+
+
+class Verdicts(Monitor):
+    """The switches made."""
+
+    def __init__(self) -> None:
+        self.switches: list[Switch] = []
+
+    def switched(self, switch: Switch) -> None:
+        self.switches.append(switch)
+
+
+@pytest.mark.parametrize("pasid", [0, 5])
+def test_vendor_mode_tears_down_first_so_every_replace_has_a_window(pasid: int) -> None:
+    """SEMANTICS 3.9: every DMA between the first and the last store finds the entry not present, 0x59."""
+    lab = Lab()
+    idev = lab.device(pasids=10)
+    places = targets(lab, idev, pasid=True)
+    if pasid:
+        lab.attach(idev, places[0].pt)
+    lab.iommu.vendor_replace = True
+    verdicts = Verdicts()
+    lab.iommu.monitors.append(verdicts)
+    now = places[0]
+    lab.attach(idev, now.pt, pasid)
+    assert verdicts.switches[-1].verdict == "hitless"  # from blocked: nothing worked before
+    outcomes: list[int] = []
+    lab.iommu.stored = lambda dev, number: outcomes.append(_outcome(lab, idev, pasid))
+    for new in (*places[1:], *places):
+        if new is now:
+            continue
+        outcomes.clear()
+        lab.replace(idev, new.pt, pasid)
+        switch = verdicts.switches[-1]
+        assert switch.verdict == "window"
+        assert switch.opens is not None
+        assert switch.opens.what == "P cleared"
+        assert "0x59" in switch.opens.sees
+        assert [store.sees for store in switch.stores].count("new") == 1
+        assert switch.stores[-1].what == "P set"
+        # the old entry is still in the PASID cache at the first store; later stores find none, but for the last
+        assert set(outcomes[1:-1]) == {Reason.PASID_NOT_PRESENT}
+        assert outcomes[-1] == 0
+        now = new
+    lab.iommu.stored = None
+    lab.detach(idev, pasid)
+    assert verdicts.switches[-1].verdict == "hitless"  # detaching is meant to block
+
+
+def _outcome(lab: Lab, idev: IommufdDevice, pasid: int) -> int:
+    dma = lab.dma(idev, Op.READ, IOVA, 1, pasid=pasid or None)
+    dma.run()
+    return dma.fault.code if dma.fault is not None else 0
+
+
+def test_a_failed_replace_leaves_the_old_domain_but_blocks_in_vendor_mode() -> None:
+    lab = Lab()
+    idev = lab.device()
+    ioas, ram = lab.ram()
+    ram.write(0x3000, b"old")
+    lab.attach(idev, ioas)
+    bad = lab.nested(idev, lab.parent(idev, ioas), 0x1000, width=40)
+    with pytest.raises(EINVAL):
+        lab.replace(idev, bad)
+    assert lab.read(idev, 0x3000, 3) == b"old"
+    lab.iommu.vendor_replace = True
+    with pytest.raises(EINVAL):
+        lab.replace(idev, bad)
+    assert lab.fault(idev, 0x3000) == Reason.PASID_NOT_PRESENT

@@ -40,6 +40,7 @@ class IoPagetable(IovaSpace):
         self.domains: list[Domain] = []
         self.accesses: list[Access | None] = []  # by access_list id; freed ids are None
         self.disable_large_pages = False
+        self._last_extent: Extent | None = None  # the one found last, while no area goes
 
     # ---- mapping ----
 
@@ -58,6 +59,7 @@ class IoPagetable(IovaSpace):
                     _fill(caller, area)
                     self._check_entries(area)
         except IommufdError:
+            self._last_extent = None
             for area in areas:
                 _unfill(area)
                 self.areas.remove(area)
@@ -140,6 +142,7 @@ class IoPagetable(IovaSpace):
         return unmapped, None
 
     def _remove_area(self, area: Area) -> None:
+        self._last_extent = None
         self.areas.remove(area)
         self.reopened(area.iova)
         if area.filled:
@@ -183,6 +186,7 @@ class IoPagetable(IovaSpace):
                     readable=area.readable, writable=area.writable)  # fmt: skip
         right = Area(iova + 1, Piece(area.pages.get(), area.byte(iova + 1), area.last - iova),
                      readable=area.readable, writable=area.writable)  # fmt: skip
+        self._last_extent = None
         self.areas.remove(area)
         for part in (left, right):
             part.filled = area.filled
@@ -240,6 +244,7 @@ class IoPagetable(IovaSpace):
             raise
 
     def _unfill_all(self) -> None:
+        self._last_extent = None
         for area in self.areas:
             _unfill(area)
 
@@ -265,6 +270,9 @@ class IoPagetable(IovaSpace):
 
     def extent(self, iova: int) -> Extent | None:
         """The stretch around iova that is contiguous in memory, as wide as the area and the pinned run allow."""
+        last = self._last_extent
+        if last is not None and last.first <= iova <= last.last:
+            return last
         area = self.areas.first(iova, iova)
         if area is None or not area.filled:
             return None
@@ -274,9 +282,12 @@ class IoPagetable(IovaSpace):
         index, run = found
         base = area.iova - area.start_byte  # the IOVA of byte 0 of the pages; may be negative
         first = max(area.iova, base + (index << PAGE_SHIFT))
-        last = min(area.last, base + (index + run.npages << PAGE_SHIFT) - 1)
+        last_iova = min(area.last, base + (index + run.npages << PAGE_SHIFT) - 1)
         pos = (run.page - index << PAGE_SHIFT) + first - base
-        return Extent(first, last, run.file, pos, area.readable, area.writable)
+        extent = Extent(first, last_iova, run.file, pos, area.readable, area.writable)
+        if not isinstance(area.pages, DmabufPages):  # which can be revoked
+            self._last_extent = extent
+        return extent
 
     def entry(self, iova: int, pgsizes: int) -> tuple[int, int] | None:
         """The table entry around iova: (first IOVA, bytes).

@@ -9,14 +9,15 @@ import enum
 from collections import deque
 from typing import TYPE_CHECKING
 
-from .walk import READ, WRITE
+from .walk import READ, WRITE, TranslationFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .endpoint import Endpoint
     from .tlb import TlbEntry
-    from .walk import TranslationFault
+
+    Bytes = bytes | bytearray | memoryview
 
 STRETCH = 1 << 20  # bytes that one step moves at most
 RETRIES = 64  # page requests answered with SUCCESS that may fault again without progress
@@ -40,6 +41,10 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+RUNNING, PARKED, DONE, FAILED = State  # a member of an Enum class takes ten times as long to find
+_READ, _WRITE, _FILL, _COMPARE = Op
+
+
 class Dma:
     """One transfer of `length` bytes at `iova`; `data` is what is read, written or compared with.
 
@@ -51,7 +56,7 @@ class Dma:
                  "retries", "state")  # fmt: skip
 
     def __init__(
-        self, dev: Endpoint, op: Op, iova: int, length: int, *, data: bytes = b"", pasid: int | None = None,
+        self, dev: Endpoint, op: Op, iova: int, length: int, *, data: Bytes = b"", pasid: int | None = None,
         priv: int = 0, ended: Callable[[Dma], None] | None = None,
     ) -> None:  # fmt: skip
         """pasid: None for a request without PASID. priv: PRIV for a privileged request. ended: called once."""
@@ -60,10 +65,10 @@ class Dma:
         self.iova = iova
         self.length = length
         self.pasid = pasid
-        self.access = (WRITE if op in (Op.WRITE, Op.FILL) else READ) | priv
-        self.data = bytearray(length) if op is Op.READ else bytearray(data)
+        self.access = (WRITE if op is _WRITE or op is _FILL else READ) | priv
+        self.data: Bytes = bytearray(length) if op is _READ else data
         self.done = 0
-        self.state = State.RUNNING
+        self.state = RUNNING
         self.error = ""
         self.fault: TranslationFault | None = None
         self.group = -1  # the page request group it waits for
@@ -75,29 +80,30 @@ class Dma:
         iova = self.iova + self.done
         try:
             entry = self.dev.translate(self.pasid, iova, self.access)
-        except self.dev.fault_type as fault:
+        except TranslationFault as fault:
             return self._refused(fault)
-        count = min(self.length - self.done, entry.last - iova + 1, STRETCH)
+        left = self.length - self.done
+        count = left if left <= STRETCH and iova + left - 1 <= entry.last else min(left, entry.last - iova + 1, STRETCH)
         self.retries = 0
         if not self._move(entry, iova - entry.first + entry.pos, count):
             return self.state
         self.done += count
-        return self.end(State.DONE) if self.done == self.length else State.RUNNING
+        return self.end(DONE) if self.done == self.length else RUNNING
 
     def run(self) -> State:
         """Step until it ends or waits."""
-        while self.state is State.RUNNING:
+        while self.state is RUNNING:
             self.step()
         return self.state
 
     def fail(self, error: str) -> State:
         """Give up: the device sees an abort."""
         self.error = error
-        return self.end(State.FAILED)
+        return self.end(FAILED)
 
     def resume(self) -> None:
         """The page request was answered with SUCCESS: try again."""
-        self.state = State.RUNNING
+        self.state = RUNNING
         self.group = -1
         self.retries += 1
 
@@ -114,31 +120,36 @@ class Dma:
         if self.retries >= RETRIES:
             return self.fail(f"answered with SUCCESS {RETRIES} times, and still {fault}")
         if self.dev.request_page(self, fault):
-            self.state = State.PARKED
+            self.state = PARKED
             return self.state
-        return self.state if self.state is State.FAILED else self.fail(str(fault))
+        return self.state if self.state is FAILED else self.fail(str(fault))
 
     # ---- bytes ----
 
     def _move(self, entry: TlbEntry, pos: int, count: int) -> bool:
-        view = entry.view
-        done = self.done
-        if self.op is Op.READ:
-            if view is not None:
-                self.data[done : done + count] = view[pos : pos + count]
-                return True
-            got = entry.file.pread(pos, count)
-            self.data[done : done + len(got)] = got
-            return len(got) == count or self._gone(entry, len(got))
-        if self.op is Op.COMPARE:
+        view, done, op = entry.view, self.done, self.op
+        if op is _READ:
+            return self._read(entry, pos, count)
+        if op is _COMPARE:
             return self._compare(entry, pos, count)
-        data = self.data if self.op is Op.WRITE else self._pattern(count)
-        at = done if self.op is Op.WRITE else 0
+        data = self.data if op is _WRITE else self._pattern(count)
+        if op is _WRITE and count != len(data):
+            data = memoryview(data)[done : done + count]
         if view is not None:
-            view[pos : pos + count] = data if at == 0 and count == len(data) else memoryview(data)[at : at + count]
+            view[pos : pos + count] = data
             return True
-        stored = entry.file.pwrite(pos, bytes(data[at : at + count]))
-        return stored == count or self._gone(entry, stored)
+        stored = entry.file.pwrite(pos, bytes(data))
+        return stored == count or self._gone(stored)
+
+    def _read(self, entry: TlbEntry, pos: int, count: int) -> bool:
+        data, done = self.data, self.done
+        assert isinstance(data, bytearray)
+        if entry.view is not None:
+            data[done : done + count] = entry.view[pos : pos + count]
+            return True
+        got = entry.file.pread(pos, count)
+        data[done : done + len(got)] = got
+        return len(got) == count or self._gone(len(got))
 
     def _compare(self, entry: TlbEntry, pos: int, count: int) -> bool:
         got = bytes(entry.view[pos : pos + count]) if entry.view is not None else entry.file.pread(pos, count)
@@ -150,12 +161,13 @@ class Dma:
         self.fail(f"differs at byte {self.done:#x} (iova {self.iova + self.done:#x})")
         return False
 
-    def _pattern(self, count: int) -> bytearray:
+    def _pattern(self, count: int) -> bytes:
         """data, repeated, in phase with the start of the transfer."""
-        phase = self.done % len(self.data)
-        return ((self.data[phase:] + self.data[:phase]) * (count // len(self.data) + 1))[:count]
+        pattern = bytes(self.data)
+        phase = self.done % len(pattern)
+        return ((pattern[phase:] + pattern[:phase]) * (count // len(pattern) + 1))[:count]
 
-    def _gone(self, entry: TlbEntry, count: int) -> bool:
+    def _gone(self, count: int) -> bool:
         self.done += count
         self.fail(f"the memory behind iova {self.iova + self.done:#x} is gone")
         return False
@@ -172,7 +184,7 @@ class DmaQueue:
     def submit(self, dma: Dma) -> None:
         """Run it when the queue is pumped; a transfer of no bytes too."""
         if dma.length == 0:
-            dma.end(State.DONE)
+            dma.end(DONE)
             return
         self.parked.pop(dma, None)
         self.running.append(dma)
@@ -185,10 +197,10 @@ class DmaQueue:
         while running and steps:
             dma = running.popleft()
             steps -= 1
-            state = dma.state if dma.state is not State.RUNNING else dma.step()
-            if state is State.RUNNING:
+            state = dma.state if dma.state is not RUNNING else dma.step()
+            if state is RUNNING:
                 running.append(dma)
-            elif state is State.PARKED:
+            elif state is PARKED:
                 self.parked[dma] = None
         return bool(running)
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from iommufdd.errors import EINVAL
 
-from .dma import Dma, DmaQueue, State
+from .dma import DONE, PARKED, Dma, DmaQueue
 from .group import IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
 from .ops import IOMMU_NO_PASID, Device, IommuOps, ResvRegion
 from .tlb import Tlb, TlbEntry
-from .walk import EXEC, PRIV, READ, WRITE, TranslationFault
+from .walk import EXEC, PRIV, READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from iommufdd.description import Caches, DeviceDescription, Reserved
 
     from .monitor import Monitor
+    from .walk import TranslationFault
 
 # enum iommu_fault_page_request flags and IOMMU_FAULT_PERM_* (include/linux/iommu.h)
 PAGE_REQUEST_PASID_VALID = 1 << 0
@@ -68,8 +69,6 @@ class Counters:
 class Endpoint(Device):
     """A function behind a translating IOMMU."""
 
-    fault_type = TranslationFault
-
     def __init__(self, iommu: TranslatingIommu, description: DeviceDescription, group: IommuGroup) -> None:
         self.iommu: TranslatingIommu = iommu
         self.group = group
@@ -104,7 +103,7 @@ class Endpoint(Device):
             if found is None or not found.allowed >> access & 1:
                 granted = iommu.translate(self, pasid, iova, access)
                 found = TlbEntry(granted.first, granted.last, granted.file, granted.pos, granted.allowed,
-                                 ipa=granted.ipa, steps=granted.steps)  # fmt: skip
+                                 ipa=granted.ipa, raw_steps=granted.raw_steps)  # fmt: skip
                 space.insert(found)
             entry = found
         if iommu.monitors:
@@ -119,19 +118,21 @@ class Endpoint(Device):
 
     def finished(self, dma: Dma) -> None:
         """A transfer has ended (Dma says how)."""
-        self.queue.ended(dma)
-        if dma.group >= 0:
-            self._waiting.pop(dma.group, None)
-        if dma.state is State.DONE:
-            self.counters.completed += 1
+        counters = self.counters
+        if dma.state is DONE:
+            counters.completed += 1
         else:
-            self.counters.failed += 1
+            counters.failed += 1
+            self.queue.ended(dma)
+            if dma.group >= 0:
+                self._waiting.pop(dma.group, None)
         if dma.access & WRITE:
-            self.counters.written += dma.done
+            counters.written += dma.done
         else:
-            self.counters.read += dma.done
-        for monitor in self.iommu.monitors:
-            monitor.finished(dma)
+            counters.read += dma.done
+        if self.iommu.monitors:
+            for monitor in self.iommu.monitors:
+                monitor.finished(dma)
 
     # ---- page requests ----
 
@@ -198,7 +199,7 @@ class Endpoint(Device):
 
     def time_out(self, dma: Dma) -> None:
         """Nobody has answered for too long: the device gives up; an answer that still comes is ignored."""
-        if dma.state is State.PARKED:
+        if dma.state is PARKED:
             self.counters.timeouts += 1
             dma.fail("the page request was not answered in time")
 

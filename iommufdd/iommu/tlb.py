@@ -11,13 +11,15 @@ from bisect import bisect_right, insort
 from operator import attrgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from .walk import Step
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
     from iommufdd.description import Caches
     from iommufdd.user import PageFile
 
-    from .walk import Step
+    from .walk import RawStep
 
 T = TypeVar("T")
 _first = attrgetter("first")
@@ -26,12 +28,14 @@ _first = attrgetter("first")
 class TlbEntry:
     """A translation: [first, last] of the input goes to the bytes of `file` from `pos` on."""
 
-    __slots__ = ("aliases", "allowed", "file", "first", "index", "ipa", "last", "pos", "seq", "space", "steps", "view")
+    __slots__ = ("aliases", "allowed", "file", "first", "index", "ipa", "last", "pos", "raw_steps", "seq", "space",
+                 "view")  # fmt: skip
 
     def __init__(
-        self, first: int, last: int, file: PageFile, pos: int, allowed: int, *, ipa: int, steps: tuple[Step, ...]
-    ) -> None:
-        """allowed: set of accesses. ipa: stage 2's input address of `first`. steps: the entries it was made from."""
+        self, first: int, last: int, file: PageFile, pos: int, allowed: int, *, ipa: int,
+        raw_steps: tuple[RawStep, ...] = (),
+    ) -> None:  # fmt: skip
+        """allowed: set of accesses. ipa: stage 2's input address of `first`. raw_steps: what it was made from."""
         self.first = first
         self.last = last
         self.file = file
@@ -39,11 +43,16 @@ class TlbEntry:
         self.view = file.view(pos + last - first + 1)
         self.allowed = allowed
         self.ipa = ipa
-        self.steps = steps
+        self.raw_steps = raw_steps
         self.seq = 0  # when it was filled
         self.aliases: list[int] = []  # pages in Space.hot
         self.index = -1  # in the TLB's list
         self.space: Space | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The entries of guest tables it was made from, top first."""
+        return tuple(map(Step._make, self.raw_steps))
 
     def same_as(self, other: TlbEntry) -> bool:
         """Both give the same byte for every input they share."""

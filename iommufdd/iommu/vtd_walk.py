@@ -14,15 +14,16 @@ from .tlb import Space, TlbEntry
 from .vtd_pasid import FIRST, SECOND
 from .vtd_regs import Reason
 from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Step, TranslationFault, Why, allowed
-from .x86_64 import Rules, Start, canonical, root, walk
+from .x86_64 import ADDRESS, XD, Rules, Start, canonical, root, walk
 
 if TYPE_CHECKING:
     from iommufdd.description import VtdIommu
+    from iommufdd.user import PageFile
 
     from .vtd_domain import VtdPaging
     from .vtd_hw import VtdHardware
     from .vtd_pasid import PasidEntry
-    from .walk import Leaf
+    from .walk import Leaf, RawStep
 
 _entry_at = struct.Struct("<Q")
 
@@ -31,7 +32,7 @@ class Kept(NamedTuple):
     """What the paging-structure cache holds: where to go on, and the entries that led there."""
 
     start: Start
-    steps: tuple[Step, ...]
+    steps: tuple[RawStep, ...]
 
 
 class Context:
@@ -73,7 +74,7 @@ class Walk:
         self._hw = hw
         self._context = context
         self._cached = cached
-        self._steps: list[Step] = []
+        self._steps: list[RawStep] = []
         self._level = 0  # of the first-stage entry that is read first
 
     def translate(self, iova: int, access: int) -> TlbEntry:
@@ -88,7 +89,7 @@ class Walk:
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(self._steps)
+            fault.steps = tuple(map(Step._make, self._steps))
             raise
         if self._cached:
             self._context.space.insert(entry)
@@ -158,8 +159,8 @@ class Walk:
         start, before = kept or (self._context.start, ())
         self._level = start.level
         steps = self._steps
-        update = self._update if self._cached else None
-        leaf = walk(self._fetch, update, start, self._context.rules, iova, access, steps)
+        fetch, update = (self._fetch, self._update) if self._cached else (self._fetch_fresh, None)
+        leaf = walk(fetch, update, start, self._context.rules, iova, access, steps)
         if self._cached:
             self._keep(start, before, iova)
         steps[:0] = before
@@ -169,11 +170,18 @@ class Walk:
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)
-        pos = page.pos + gpa - page.first
-        if page.view is not None:
-            value: int = _entry_at.unpack_from(page.view, pos)[0]
+        return self._entry(page.view, page.file, page.pos + gpa - page.first, gpa)
+
+    def _fetch_fresh(self, gpa: int) -> int:
+        extent, _ = self._second(gpa, READ, During.WALK)
+        pos = extent.pos + gpa - extent.first
+        return self._entry(extent.file.view(pos + 8), extent.file, pos, gpa)
+
+    def _entry(self, view: memoryview | None, file: PageFile, pos: int, gpa: int) -> int:
+        if view is not None:
+            value: int = _entry_at.unpack_from(view, pos)[0]
             return value
-        data = page.file.pread(pos, 8)
+        data = file.pread(pos, 8)
         if len(data) < 8:
             raise TranslationFault(Why.UNREADABLE, stage=1, level=self._level - len(self._steps), addr=gpa)
         return int.from_bytes(data, "little")
@@ -216,25 +224,26 @@ class Walk:
                     return found
         return None
 
-    def _keep(self, start: Start, before: tuple[Step, ...], iova: int) -> None:
+    def _keep(self, start: Start, before: tuple[RawStep, ...], iova: int) -> None:
         """Every table that this walk has passed."""
         rights = start.rights
         steps = self._steps
         for at, step in enumerate(steps[:-1], 1):
-            rights &= step.entry ^ 1 << 63
-            level = step.level - 1
-            kept = Kept(Start(step.entry & 0x000F_FFFF_FFFF_F000, level, rights), (*before, *steps[:at]))
+            _, level, _, entry = step
+            level -= 1
+            rights &= entry ^ XD
+            kept = Kept(Start(entry & ADDRESS, level, rights), (*before, *steps[:at]))
             self._context.space.keep_table(level, iova >> 9 * level + 12, kept)
 
 
 def _from_extent(extent: Extent, rights: int) -> TlbEntry:
-    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first, steps=())
+    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
 
 
-def _combined(leaf: Leaf, iova: int, gpa: int, extent: Extent, rights: int, steps: tuple[Step, ...]) -> TlbEntry:
+def _combined(leaf: Leaf, iova: int, gpa: int, extent: Extent, rights: int, steps: tuple[RawStep, ...]) -> TlbEntry:
     """What both stages give together: the smaller stretch, the common rights."""
     first = max(leaf.first, iova - (gpa - extent.first))
     last = min(leaf.first + leaf.size - 1, iova + (extent.last - gpa))
     ipa = gpa - (iova - first)
     pos = extent.pos + ipa - extent.first
-    return TlbEntry(first, last, extent.file, pos, leaf.allowed & rights, ipa=ipa, steps=steps)
+    return TlbEntry(first, last, extent.file, pos, leaf.allowed & rights, ipa=ipa, raw_steps=steps)

@@ -16,6 +16,7 @@ WRITE = 2
 EXEC = 4
 PRIV = 8
 
+RawStep: TypeAlias = tuple[int, int, int, int]  # the fields of a Step: walkers have no time for more
 Fetch: TypeAlias = Callable[[int], int]  # the 64 bit entry at an address
 Update: TypeAlias = Callable[[int, int, int], None]  # address, old, new: sets bits in the entry
 

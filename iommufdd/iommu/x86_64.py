@@ -5,6 +5,7 @@ AMD's v2 tables have the same entries, without EA and with supervisor writes alw
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from .walk import (
@@ -18,7 +19,7 @@ from .walk import (
     WRITES,
     Fetch,
     Leaf,
-    Step,
+    RawStep,
     TranslationFault,
     Update,
     Why,
@@ -32,6 +33,7 @@ D = 1 << 6
 PS = 1 << 7
 EA = 1 << 10
 XD = 1 << 63
+RIGHTS = RW | US | XD
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 FLAGS = ((P, "P"), (RW, "RW"), (US, "US"), (1 << 3, "PWT"), (1 << 4, "PCD"), (A, "A"), (D, "D"), (PS, "PS"),
@@ -59,7 +61,7 @@ class Start(NamedTuple):
 
 def root(table: int, rules: Rules) -> Start:
     """The start of a full walk."""
-    return Start(table & ADDRESS, rules.levels, RW | US | XD)
+    return Start(table & ADDRESS, rules.levels, RIGHTS)
 
 
 def canonical(iova: int, levels: int) -> bool:
@@ -69,37 +71,83 @@ def canonical(iova: int, levels: int) -> bool:
 
 
 def walk(
-    fetch: Fetch, update: Update | None, start: Start, rules: Rules, iova: int, access: int, steps: list[Step]
+    fetch: Fetch, update: Update | None, start: Start, rules: Rules, iova: int, access: int, steps: list[RawStep]
 ) -> Leaf:
     """Translate iova. Appends every entry used to `steps`, the one that stopped it included.
 
     Order of tests in one entry: present, user, write, execute, reserved bits (as in QEMU's intel_iommu.c).
     """
     table, level, rights = start
+    mask, needed = _needed(access, rules.write_protect, rules.haw)
+    if level == 4 and update is None and not iova >> 47:
+        found = _four_levels(fetch, start, rules, iova, mask, needed, steps)
+        if found is not None:
+            return found
     if not canonical(iova, rules.levels):
         raise TranslationFault(Why.CANONICAL, stage=1, level=rules.levels, addr=iova)
-    reserved = ADDRESS & -(1 << rules.haw)
     while True:
-        shift = 9 * level + 3
-        address = table + (iova >> shift & 0x1FF) * 8
+        address = table | iova >> 9 * level & 0xFF8
         entry = fetch(address)
-        steps.append(Step(1, level, address, entry))
+        steps.append((1, level, address, entry))
         rights &= entry ^ XD
-        leaf = level == 1 or bool(entry & PS)
-        bad = _test(entry, rights, access, rules)
-        if bad is None and (entry & reserved or (leaf and level > 1 and _bad_size(level, entry, rules))):
-            bad = Why.RESERVED
-        if bad is not None:
-            raise TranslationFault(bad, stage=1, level=level, addr=iova)
+        leaf = level == 1 or entry & PS
+        if entry & mask != needed or (leaf and level > 1):
+            _check(level, entry, rights, iova, access, rules)
         if update is not None:
             _mark(update, address, entry, access if leaf else 0, rules)
         if leaf:
             break
         table = entry & ADDRESS
         level -= 1
-    size = 1 << shift
+    size = 8 << 9 * level
     dirty = bool(entry & D) or bool(update is not None and access & WRITE)
-    return Leaf(iova & -size, entry & ADDRESS & -size, size, _allowed(rights, rules, dirty=dirty))
+    return Leaf(iova & -size, entry & ADDRESS & -size, size, _allowed(rights & RIGHTS, rules.write_protect, dirty))
+
+
+def _four_levels(
+    fetch: Fetch, start: Start, rules: Rules, iova: int, mask: int, needed: int, steps: list[RawStep]
+) -> Leaf | None:
+    """The commonest walk unrolled, which is faster by half: to a 4 KiB page, nothing to set, nothing in the way."""
+    a4 = start.table | iova >> 36 & 0xFF8
+    e4 = fetch(a4)
+    if e4 & mask != needed:
+        return None
+    a3 = e4 & ADDRESS | iova >> 27 & 0xFF8
+    e3 = fetch(a3)
+    if e3 & mask != needed:
+        return None
+    a2 = e3 & ADDRESS | iova >> 18 & 0xFF8
+    e2 = fetch(a2)
+    if e2 & mask != needed or (e4 | e3 | e2) & PS:
+        return None
+    a1 = e2 & ADDRESS | iova >> 9 & 0xFF8
+    e1 = fetch(a1)
+    if e1 & mask != needed:
+        return None
+    steps += (1, 4, a4, e4), (1, 3, a3, e3), (1, 2, a2, e2), (1, 1, a1, e1)
+    rights = e4 & e3 & e2 & e1 & (RW | US) | ~(e4 | e3 | e2 | e1) & XD
+    return Leaf(iova & -4096, e1 & ADDRESS, 4096, _allowed(rights & start.rights, rules.write_protect, e1 & D != 0))
+
+
+@functools.cache
+def _needed(access: int, write_protect: bool, haw: int) -> tuple[int, int]:
+    """(bits that matter, their value) in an entry that lets the access pass: the quick test of every level."""
+    needed = P if access & PRIV else P | US
+    if access & WRITE and (write_protect or not access & PRIV):
+        needed |= RW
+    mask = needed | ADDRESS & -(1 << haw)
+    return (mask | XD if access & EXEC else mask), needed
+
+
+def _check(level: int, entry: int, rights: int, iova: int, access: int, rules: Rules) -> None:
+    """The tests one by one, in their order. TranslationFault."""
+    bad = _test(entry, rights, access, rules)
+    if bad is None:
+        large = level > 1 and bool(entry & PS)
+        if entry & ADDRESS & -(1 << rules.haw) or (large and _bad_size(level, entry, rules)):
+            bad = Why.RESERVED
+    if bad is not None:
+        raise TranslationFault(bad, stage=1, level=level, addr=iova)
 
 
 def _test(entry: int, rights: int, access: int, rules: Rules) -> Why | None:
@@ -131,13 +179,14 @@ def _mark(update: Update, address: int, entry: int, leaf_access: int, rules: Rul
         update(address, entry, new)
 
 
-def _allowed(rights: int, rules: Rules, *, dirty: bool) -> int:
+@functools.cache
+def _allowed(rights: int, write_protect: bool, dirty: bool) -> int:
     """The accesses that need no further walk; a write through a clean leaf does, to set D."""
     users = USERS if rights & US else 0
     privs = PRIVS
     if not rights & RW:
         users &= ~WRITES
-        if rules.write_protect:
+        if write_protect:
             privs &= ~WRITES
     result = users | privs
     if not rights & XD:

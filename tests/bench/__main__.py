@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import depth, dirty, mapping, replay, roundtrip, startup, supervised
+from . import depth, dirty, hardware, mapping, replay, roundtrip, startup, supervised
 from .measure import Plan, Unavailable, measure
 from .table import as_json, progress, table
 
@@ -28,6 +28,8 @@ BENCHES: dict[str, Bench] = {
         replay.BENCH,
         startup.BENCH,
         supervised.BENCH,
+        hardware.TRANSLATE,
+        hardware.DMA,
     )
 }
 

@@ -63,6 +63,7 @@ class Machines:
         """`chosen`: names and files, see is_file(). MachineFileError; ENOENT."""
         self._known: dict[str, MachineDescription] = {}
         self._files: dict[str, str] = {}
+        self._built_in = built_in_names()  # now: later there may be no descriptor left to look
         names = [self.add_file(word) if is_file(word) else self.describe(word).name for word in chosen]
         self.default = next(iter(names), MOCK.name)
 
@@ -71,7 +72,7 @@ class Machines:
         file = MachineFile.open(path)
         description = file.description()
         name, taken = description.name, ""
-        if name in built_in_names() and description != built_in(name):
+        if name in self._built_in and description != built_in(name):
             taken = f"{name} is the name of a built-in machine, which is another"
         elif self._known.setdefault(name, description) != description:
             taken = f"{self._files[name]} has the name {name} too"
@@ -82,16 +83,19 @@ class Machines:
 
     @property
     def names(self) -> list[str]:
-        """All that describe() knows; the default is not always the first."""
-        return list(dict.fromkeys([*self._known, *built_in_names()]))
+        """All that describe() knows."""
+        return list(dict.fromkeys([*self._files, *self._built_in]))
 
     def describe(self, name: str = "") -> MachineDescription:
         """The machine of that name; '' the default. ENOENT."""
         name = name or self.default
         if name not in self._known:
-            if name not in built_in_names():
+            if name not in self._built_in:
                 raise ENOENT(f"there is no machine {name!r}; there are {', '.join(self.names)}")
-            self._known[name] = built_in(name)
+            try:
+                self._known[name] = built_in(name)
+            except MachineFileError as error:
+                raise ENOENT(f"the machine {name!r} cannot be read: {error}") from None
         return self._known[name]
 
 

@@ -18,14 +18,15 @@ FOLDER = os.path.join(os.path.dirname(__file__), "machines")  # the built-in one
 SUFFIX = ".toml"
 LONGEST = 1 << 20  # bytes of a machine file
 
-SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})([KMGT]?)")
-PLACE = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)  # of a TOMLDecodeError
-STEP = re.compile(r"\.([^.\[\]`]+)|\[(\d+)\]")  # of msgspec's `$.iommu[0].mgaw`
-UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
-TOKEN = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\])*"|\'[^\']*\'|#[^\n]*|\n|[\[\]{}=.]|[^\s\[\]{}=.,#"\']+|.',
-    re.DOTALL,
+# Patterns as text: compiled when first used, since a daemon seldom reads a machine file, and its start is waited for.
+SIZE = r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})([KMGT]?)"
+PLACE = r"(?s)(.*) \(at (?:line (\d+), column (\d+)|end of document)\)"  # of a TOMLDecodeError
+STEP = r"\.([^.\[\]`]+)|\[(\d+)\]"  # of msgspec's `$.iommu[0].mgaw`
+UNKNOWN = r"(?s)Object contains unknown field `(.*)`"
+MISSING = r"(?s)Object missing required field `(.*)`"
+TOKEN = (
+    r'(?s)"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\])*"|\'[^\']*\''
+    r"|#[^\n]*|\n|[\[\]{}=.]|[^\s\[\]{}=.,#\"\']+|."
 )
 
 
@@ -152,7 +153,7 @@ class MachineFile:
         except RecursionError:
             raise MachineFileError([f"{self.path}:1: values are nested too deep"]) from None
         except ValueError as error:  # TOMLDecodeError, and int() that finds a number too long
-            found = PLACE.fullmatch(str(error))
+            found = re.fullmatch(PLACE, str(error))
             text, line, column = found.groups() if found else (str(error), "1", None)
             place = f"{line}:{column}" if column else line or str(self.text.count("\n") + 1)
             raise MachineFileError([f"{self.path}:{place}: {_one_line(text)}"]) from None
@@ -163,7 +164,7 @@ def _read_sizes(data: dict[str, Any]) -> None:
     for iommu in _tables_in(data.get("iommu")):
         for region in _tables_in(iommu.get("reserved")):
             for key, value in region.items():
-                if key != "kind" and isinstance(value, str) and (found := SIZE.fullmatch(value)):
+                if key != "kind" and isinstance(value, str) and (found := re.fullmatch(SIZE, value)):
                     region[key] = int(found[1], 0 if found[1][:2] in ("0x", "0X") else 10) << _SHIFT[found[2]]
 
 
@@ -195,10 +196,10 @@ def _wrong_type(table: object, kind: object, at: Key) -> Iterator[tuple[Key, str
         text, _, path = str(error).rpartition(" - at `$")
         if not text:
             text, path = path, ""
-        key = (*at, *(name or int(number) for name, number in STEP.findall(path)))
-        if found := UNKNOWN.fullmatch(text):
+        key = (*at, *(name or int(number) for name, number in re.findall(STEP, path)))
+        if found := re.fullmatch(UNKNOWN, text):
             yield (*key, found[1]), "unknown key"
-        elif found := MISSING.fullmatch(text):
+        elif found := re.fullmatch(MISSING, text):
             yield (*key, found[1]), "missing"
         else:
             yield key, text.replace("`object`", "a table") + _models(key)
@@ -261,7 +262,7 @@ def _statements(text: str) -> Iterator[tuple[int, list[str]]]:
     line = start = 1
     depth = 0
     words: list[str] = []
-    for token in TOKEN.findall(text):
+    for token in re.findall(TOKEN, text):
         if token == "\n" and not depth and words:
             yield start, words
             words = []

@@ -51,7 +51,7 @@ def read(text: str) -> MachineDescription:
 def complaints(text: str) -> list[str]:
     with pytest.raises(MachineFileError) as caught:
         read(text)
-    return caught.value.complaints
+    return list(caught.value.complaints)
 
 
 def changed(old: str, new: str, text: str = GOOD) -> str:
@@ -299,7 +299,7 @@ def test_chosen_machines(tmp_path: Path) -> None:
 def test_a_machine_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     machines = Machines()
     monkeypatch.setattr(machine_file, "FOLDER", str(tmp_path))
-    with pytest.raises(ENOENT, match="the machine 'vtd' cannot be read: .*No such file"):
+    with pytest.raises(ENOENT, match=r"the machine 'vtd' cannot be read: .*No such file"):
         machines.describe("vtd")
 
 

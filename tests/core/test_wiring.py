@@ -1,5 +1,9 @@
 """A machine made of its description: IOMMUs, devices, groups; and the selftest's mock besides."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import iommufd_uapi.iommufd_test as test_uapi
@@ -95,3 +99,18 @@ def test_instances_share_nothing() -> None:
     one, two = (new_machine("", built_in("vtd")) for _ in range(2))
     assert one.devices["vfio0"] is not two.devices["vfio0"]
     assert one.iommus["dmar0"] is not two.iommus["dmar0"]
+
+
+def test_the_default_machine_costs_no_toml() -> None:
+    script = """
+import sys
+import iommufdd.server.serve
+from iommufdd.machine_file import Machines
+from iommufdd.wiring import new_machine
+new_machine("", Machines().describe())
+print(sorted({"tomllib", "iommufdd.machine_rules", "iommufdd.iommu.vtd"} & set(sys.modules)))
+"""
+    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "[]\n"

@@ -23,7 +23,8 @@ class Refusal(Exception):
     def __init__(self, hello: Hello, errno: int, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.answer = HelloReply(kind=hello.kind, error=errno).pack() + reason.encode()[:MAX_REASON]
+        told = reason.encode(errors="replace")[:MAX_REASON].decode(errors="ignore")  # cut at a character
+        self.answer = HelloReply(kind=hello.kind, error=errno).pack() + told.encode()
 
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -49,16 +50,18 @@ def test_nothing_is_started_without_its_machine(run: Run, tmp_path: Path, daemon
 def test_runs_of_one_name_share_a_machine(run: Run, daemon: Daemon) -> None:
     shared = ("--socket-path", daemon.socket_path, "--machine")
     words = ("--", sys.executable, "-c", OPEN_AND_WAIT)
-    with run.start(*shared, "pair@vtd", *words, stdin=-1) as one, run.start(*shared, "pair", *words, stdin=-1) as two:
+    with run.start(*shared, "pair@vtd", *words, stdin=subprocess.PIPE) as one:
         assert one.stdout is not None
-        assert two.stdout is not None
-        assert (one.stdout.readline(), two.stdout.readline()) == ("open\n", "open\n")
-        with daemon.admin() as admin:
-            (pair,) = (instance for instance in admin.show().instances if instance.name == "pair")
-        assert len(pair.contexts) == 2
-        assert "'pair' is there, as 'vtd'" in run(*shared, "pair@mock", "--", "true").stderr
+        assert one.stdout.readline() == "open\n"
+        with run.start(*shared, "pair", *words, stdin=subprocess.PIPE) as two:
+            assert two.stdout is not None
+            assert two.stdout.readline() == "open\n"
+            with daemon.admin() as admin:
+                (pair,) = (instance for instance in admin.show().instances if instance.name == "pair")
+            assert (pair.machine, len(pair.contexts)) == ("vtd", 2)
+            assert "'pair' is there, as 'vtd'" in run(*shared, "pair@mock", "--", "true").stderr
+            two.communicate("\n")
         one.communicate("\n")
-        two.communicate("\n")
     until = time.monotonic() + PATIENCE
     while run(*shared, "pair@mock", "--", "true").returncode:  # the name is free when the daemon has seen their end
         assert time.monotonic() < until

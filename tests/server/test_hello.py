@@ -9,6 +9,7 @@ import pytest
 
 from iommufd_uapi import wire
 from iommufdd.machine_file import Machines
+from iommufdd.server.hello import Refusal
 from tests.server.conftest import Local, LocalPeer
 from tests.server.peer import hello, ioctl, memfd
 
@@ -175,6 +176,11 @@ def why(local: Local, machine: bytes) -> tuple[int, str]:
     peer.send(hello(machine=machine))
     data, _ = peer.receive()
     return wire.HelloReply.unpack(data).error, data[wire.HelloReply.SIZEOF :].decode()
+
+
+def test_a_long_reason_is_cut_at_a_character() -> None:
+    answer = Refusal(wire.Hello(), errno.ENOENT, "x" + "é" * 200).answer
+    assert answer[wire.HelloReply.SIZEOF :].decode() == "x" + "é" * 119
 
 
 def test_the_daemons_own_machines(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, VERSION, Hello, HelloReply, Kind
+from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, MAX_REASON, VERSION, Hello, HelloReply, Kind
 from iommufdd.errors import EBADF, EINVAL, ENOENT, IommufdError, ProtocolError
+
+from .instance import OpenContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .channel import Channel
-    from .instance import OpenContext
 
 EPROTONOSUPPORT = 93  # no errno of the core
 
@@ -22,7 +23,8 @@ class Refusal(Exception):
     def __init__(self, hello: Hello, errno: int, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.answer = HelloReply(kind=hello.kind, error=errno).pack()
+        told = reason.encode(errors="replace")[:MAX_REASON].decode(errors="ignore")  # cut at a character
+        self.answer = HelloReply(kind=hello.kind, error=errno).pack() + told.encode()
 
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
@@ -67,7 +69,8 @@ def _join(channel: Channel, hello: Hello, fds: Sequence[int]) -> None:
 def _context(channel: Channel, hello: Hello, machine: str, fds: Sequence[int]) -> OpenContext:
     instances = channel.server.instances
     if hello.kind == Kind.IOMMUFD:
-        return instances.open(machine, channel.peer.uid, container=bool(hello.flags & HELLO_CONTAINER))
+        container = bool(hello.flags & HELLO_CONTAINER)
+        return OpenContext(instances.join(machine), channel.peer.uid, container=container)
     context = instances.find(fds[0])
     context.ctx.get()
     return context

@@ -153,7 +153,8 @@ class User(msgspec.Struct):
 class Instance(msgspec.Struct):
     """One machine."""
 
-    name: str
+    name: str  #: by which it is shared; "" for a private one
+    machine: str  #: the name of its description
     users: list[User]
     contexts: list[Context]
 

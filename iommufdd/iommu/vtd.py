@@ -135,9 +135,9 @@ class Vtd(VtdHardware):
         self._taken.add(did)
         self._dids[domain] = [did, 1]
         if isinstance(domain, VtdPaging):
-            self.roots[domain.root] = domain
+            self.set_root(domain.root, domain)
         elif isinstance(domain, VtdNested):
-            self.roots[domain.parent.root] = domain.parent
+            self.set_root(domain.parent.root, domain.parent)
         return did
 
     def put_did(self, domain: VtdDomain) -> None:
@@ -154,7 +154,7 @@ class Vtd(VtdHardware):
     def freed(self, domain: VtdDomain) -> None:
         """A domain is gone; its id went with its last attachment."""
         if isinstance(domain, VtdPaging):
-            self.roots.pop(domain.root, None)
+            self.set_root(domain.root, None)
         for monitor in self.monitors:
             monitor.freed(domain)
 

@@ -45,7 +45,8 @@ class VtdHardware:
         self.ecap = ecap(description)
         self.iotlb = Tlb(description.caches)  # a space per (domain id, PASID); PASID -1: second stage, -2: table pages
         self.contexts: ContextCache[Context] = ContextCache(description.caches)  # the PASID cache
-        self.roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
+        self._roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
+        self._decoded: dict[tuple[int, tuple[int, ...]], Context] = {}  # what bytes mean, while the roots are the same
         self.monitors: list[Monitor] = []
         self.faults: deque[FaultRecord] = deque(maxlen=FAULTS_KEPT)
         self.fault_count: Counter[Reason] = Counter()
@@ -58,6 +59,15 @@ class VtdHardware:
         if found is None:
             found = self._tables[dev] = PasidTable(lambda pasid: self._was_stored(dev, pasid))
         return found
+
+    def set_root(self, address: int, domain: VtdPaging | None) -> None:
+        """A table of the kernel's own lies at an address, or no longer."""
+        if self._roots.get(address) is not domain:
+            self._decoded.clear()
+            if domain is None:
+                del self._roots[address]
+            else:
+                self._roots[address] = domain
 
     def _was_stored(self, dev: Endpoint, pasid: int) -> None:
         if self.stored is not None:
@@ -109,12 +119,16 @@ class VtdHardware:
         if not table.has_leaf(number):
             raise _refusal(Reason.DIRECTORY_NOT_PRESENT)
         words = table.read(number)
+        known = self._decoded.get((number, words))
+        if known is not None:
+            return known
         entry = PasidEntry.unpack(words)
         if not entry.present:
             raise _refusal(Reason.PASID_NOT_PRESENT)
         if reserved(words):
             raise _refusal(Reason.PASID_RESERVED)
-        return self._build(entry, number)
+        context = self._decoded[number, words] = self._build(entry, number)
+        return context
 
     def _build(self, entry: PasidEntry, pasid: int) -> Context:
         d, pgtt = self.description, entry.pgtt
@@ -124,7 +138,7 @@ class VtdHardware:
             raise _refusal(Reason.PASID_INVALID)
         if pgtt != SECOND and (entry.fspm > 1 or (entry.fspm == 1 and 5 not in d.levels)):
             raise _refusal(Reason.PASID_INVALID)
-        domain = self.roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
+        domain = self._roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
         if domain is None:
             raise _refusal(Reason.FS_ROOT_ACCESS if pgtt == FIRST else Reason.SS_ROOT)
         space = self.iotlb.space((entry.did, -1 if pgtt == SECOND else pasid))

@@ -16,8 +16,9 @@ ABSENT = (0,) * 8
 FIRST, SECOND, NESTED, PASS_THROUGH = 1, 2, 3, 4  # PGTT
 ADDRESS = 0x000F_FFFF_FFFF_F000
 # Reserved bits per word (spec 9.6). Software-ignored bits are left out.
-_RESERVED = (1 << 5 | 1 << 10, 1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 25 | 1 << 26,
-             1 << 5 | 1 << 6, 0, 0, 0, 0, 0)  # fmt: skip
+_RESERVED_0 = 1 << 5 | 1 << 10
+_RESERVED_1 = 0x7F << 16 | 3 << 25
+_RESERVED_2 = 3 << 5
 
 
 class PasidEntry(NamedTuple):
@@ -60,7 +61,7 @@ class PasidEntry(NamedTuple):
 
 def reserved(words: tuple[int, ...]) -> bool:
     """A reserved bit is set (fault 0x5A)."""
-    return any(word & mask for word, mask in zip(words, _RESERVED, strict=True))
+    return bool(words[0] & _RESERVED_0 or words[1] & _RESERVED_1 or words[2] & _RESERVED_2)
 
 
 class PasidTable:

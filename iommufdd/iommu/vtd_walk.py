@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .walk import Leaf, RawStep
 
 _entry_at = struct.Struct("<Q")
+_NOWHERE = 1, 0, memoryview(b""), 0
 
 
 class Kept(NamedTuple):
@@ -68,7 +69,7 @@ class Context:
 class Walk:
     """One translation of one context."""
 
-    __slots__ = ("_cached", "_context", "_hw", "_level", "_steps")
+    __slots__ = ("_cached", "_context", "_hw", "_level", "_seen", "_steps")
 
     def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
         self._hw = hw
@@ -76,6 +77,7 @@ class Walk:
         self._cached = cached
         self._steps: list[RawStep] = []
         self._level = 0  # of the first-stage entry that is read first
+        self._seen: tuple[int, int, memoryview, int] = _NOWHERE  # guest memory found last: from, to, view, offset in it
 
     def translate(self, iova: int, access: int) -> TlbEntry:
         """The translation, kept in the IOTLB if this walk is cached. TranslationFault with the steps made."""
@@ -173,9 +175,17 @@ class Walk:
         return self._entry(page.view, page.file, page.pos + gpa - page.first, gpa)
 
     def _fetch_fresh(self, gpa: int) -> int:
+        """As _fetch(), with a look at the second stage only where the entry read before does not show it."""
+        first, last, view, offset = self._seen
+        if first <= gpa <= last:
+            value: int = _entry_at.unpack_from(view, gpa + offset)[0]
+            return value
         extent, _ = self._second(gpa, READ, During.WALK)
         pos = extent.pos + gpa - extent.first
-        return self._entry(extent.file.view(pos + 8), extent.file, pos, gpa)
+        found = extent.file.view(extent.pos + extent.last - extent.first + 1)
+        if found is not None:
+            self._seen = extent.first, extent.last, found, extent.pos - extent.first
+        return self._entry(found, extent.file, pos, gpa)
 
     def _entry(self, view: memoryview | None, file: PageFile, pos: int, gpa: int) -> int:
         if view is not None:

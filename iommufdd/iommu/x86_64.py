@@ -33,6 +33,7 @@ D = 1 << 6
 PS = 1 << 7
 EA = 1 << 10
 XD = 1 << 63
+_new = tuple.__new__  # makes a NamedTuple in half the time
 RIGHTS = RW | US | XD
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
@@ -79,8 +80,8 @@ def walk(
     """
     table, level, rights = start
     mask, needed = _needed(access, rules.write_protect, rules.haw)
-    if level == 4 and update is None and not iova >> 47:
-        found = _four_levels(fetch, start, rules, iova, mask, needed, steps)
+    if level == rules.levels == 4 and update is None and not iova >> 47:
+        found = _four_levels(fetch, table, rules, iova, mask, needed, steps)
         if found is not None:
             return found
     if not canonical(iova, rules.levels):
@@ -105,10 +106,10 @@ def walk(
 
 
 def _four_levels(
-    fetch: Fetch, start: Start, rules: Rules, iova: int, mask: int, needed: int, steps: list[RawStep]
+    fetch: Fetch, table: int, rules: Rules, iova: int, mask: int, needed: int, steps: list[RawStep]
 ) -> Leaf | None:
-    """The commonest walk unrolled, which is faster by half: to a 4 KiB page, nothing to set, nothing in the way."""
-    a4 = start.table | iova >> 36 & 0xFF8
+    """The commonest walk unrolled, which is faster by half: from the root to a 4 KiB page, nothing in the way."""
+    a4 = table | iova >> 36 & 0xFF8
     e4 = fetch(a4)
     if e4 & mask != needed:
         return None
@@ -126,7 +127,7 @@ def _four_levels(
         return None
     steps += (1, 4, a4, e4), (1, 3, a3, e3), (1, 2, a2, e2), (1, 1, a1, e1)
     rights = e4 & e3 & e2 & e1 & (RW | US) | ~(e4 | e3 | e2 | e1) & XD
-    return Leaf(iova & -4096, e1 & ADDRESS, 4096, _allowed(rights & start.rights, rules.write_protect, e1 & D != 0))
+    return _new(Leaf, (iova & -4096, e1 & ADDRESS, 4096, _allowed(rights, rules.write_protect, e1 & D != 0)))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .user import User
 
 if TYPE_CHECKING:
+    from .iommu.ops import Device
     from .iommu.selftest_ops import SelftestIommu
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
@@ -18,6 +19,7 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu) -> None:
         self.name = name
         self.mock = mock
+        self.devices: dict[str, Device] = {}  # by the name of their file in /dev/vfio/devices
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -1,4 +1,4 @@
-"""What is open: machine instances, contexts by their identity, and the address spaces of clients."""
+"""What is open: machine instances, contexts by their identity, the address spaces of clients. devices.py: devices."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from iommufdd.machine import Machine
 
     from .channel import Channel
+    from .devices import OpenDevice
     from .nofile import Nofile
 
 REGISTERS_END = 1 << 40  # bytes, all of them holes
@@ -32,6 +33,7 @@ class Instance:
         self.instances = instances
         self.machine = machine
         self.contexts: set[OpenContext] = set()
+        self.devices: set[OpenDevice] = set()
 
 
 class ServedContext(Context):
@@ -51,17 +53,18 @@ class OpenContext:
         """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
-        instance.instances.nofile.charge(uid)
+        nofile = instance.instances.nofile
+        nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError:
-            instance.instances.nofile.uncharge(uid)
+            nofile.uncharge(uid)
             raise EMFILE("the daemon has no descriptor left") from None
         if mappable:
             os.ftruncate(self.identity, REGISTERS_END)
         fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED & ~fcntl.F_SEAL_WRITE if mappable else SEALED)
         self.key = file_key(self.identity)
-        self.ctx = ServedContext(instance.machine, container=container)
+        self.ctx = self.file = ServedContext(instance.machine, container=container)
         self.ctx.opened = self
         instance.contexts.add(self)
         instance.instances.contexts[self.key] = self
@@ -81,12 +84,14 @@ class Instances:
     def __init__(self, new_machine: Callable[[str], Machine], nofile: Nofile) -> None:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
+        self.devices: set[OpenDevice] = set()
         self._new_machine = new_machine
         self._named: dict[str, Instance] = {}
 
     def __iter__(self) -> Iterator[Instance]:
-        """Every instance that has a context."""
-        return iter({context.instance: None for context in self.contexts.values()})
+        """Every instance on which something is open."""
+        found = {context.instance: None for context in self.contexts.values()}
+        return iter(found | {device.instance: None for device in self.devices})
 
     def open(self, name: str, uid: int, *, container: bool = False) -> OpenContext:
         """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
@@ -94,9 +99,13 @@ class Instances:
         if instance is None:
             instance = Instance(self, self._new_machine(name))
         context = OpenContext(instance, uid, container=container)
-        if name:
-            self._named[name] = instance
+        self.name(instance)
         return context
+
+    def name(self, instance: Instance) -> None:
+        """Something is open on the instance: others can find it by its name."""
+        if instance.machine.name:
+            self._named[instance.machine.name] = instance
 
     def join(self, name: str) -> Instance:
         """The machine of that name if a context is open on it, else a new one; for contexts opened later."""
@@ -111,10 +120,13 @@ class Instances:
 
     def forget(self, context: OpenContext) -> None:
         """A context is gone, and its machine with the last one."""
-        instance = context.instance
         del self.contexts[context.key]
-        instance.contexts.discard(context)
-        if not instance.contexts and self._named.get(instance.machine.name) is instance:
+        context.instance.contexts.discard(context)
+        self.unname(context.instance)
+
+    def unname(self, instance: Instance) -> None:
+        """Others cannot find the instance by its name any more, if nothing is open on it."""
+        if not instance.contexts and not instance.devices and self._named.get(instance.machine.name) is instance:
             del self._named[instance.machine.name]
 
 

@@ -53,12 +53,11 @@ class OpenContext:
         """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
-        nofile = instance.instances.nofile
-        nofile.charge(uid)
+        instance.instances.nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError:
-            nofile.uncharge(uid)
+            instance.instances.nofile.uncharge(uid)
             raise EMFILE("the daemon has no descriptor left") from None
         if mappable:
             os.ftruncate(self.identity, REGISTERS_END)
@@ -105,7 +104,7 @@ class Instances:
     def name(self, instance: Instance) -> None:
         """Something is open on the instance: others can find it by its name."""
         if instance.machine.name:
-            self._named[instance.machine.name] = instance
+            self._named.setdefault(instance.machine.name, instance)
 
     def join(self, name: str) -> Instance:
         """The machine of that name if a context is open on it, else a new one; for contexts opened later."""

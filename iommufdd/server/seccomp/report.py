@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TEST_OPS, TestCmd
+from iommufd_uapi.layout import VfioIoctl
 from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS, VFIO_DEVICE_RESET
 from iommufdd.context import Context
 
@@ -120,7 +121,10 @@ def fields_of(cmd: int, data: bytes, *, device: bool = False) -> str:
     layout = (DEVICE_LAYOUTS if device else LAYOUTS).get(cmd)
     if layout is None:
         return ""
-    return _braces(_pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0"))))
+    pairs = _pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0")))
+    if issubclass(layout, VfioIoctl):  # callers keep to older, shorter structs
+        pairs = [(name, value) for name, value in pairs if layout.offsetof(name) < max(pairs[0][1], 4)]
+    return _braces(pairs)
 
 
 def _pairs(obj: Layout) -> list[tuple[str, Any]]:

@@ -53,6 +53,7 @@ class OpenContext:
         """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
+        self.container = container
         instance.instances.nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .conftest import Run
 
-WAYS = ("vmm", "context_first", "device_first", "openers", "refused", "processes")
+WAYS = ("vmm", "context_first", "device_first", "openers", "refused", "status", "processes")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -195,6 +198,27 @@ static void refused(void)
 	FAILS(ioctl(device, BIND, NULL), EFAULT);
 }
 
+static void status(void)
+{
+	int device = opened("/dev/vfio/devices/vfio1"), copy = dup(device), iommufd = opened("/dev/iommu");
+	struct stat a, b;
+	struct statx c;
+	CHECK(fstat(device, &a) == 0 && fstatat(copy, "", &b, AT_EMPTY_PATH) == 0);
+	CHECK(S_ISCHR(a.st_mode) && a.st_rdev == makedev(511, 1) && a.st_size == 0 && a.st_nlink == 1);
+	CHECK(memcmp(&a, &b, sizeof(a)) == 0);
+	CHECK(statx(device, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &c) == 0);
+	CHECK(S_ISCHR(c.stx_mode) && c.stx_rdev_major == 511 && c.stx_rdev_minor == 1);
+	CHECK(c.stx_ino == a.st_ino && c.stx_mtime.tv_sec == a.st_mtime && c.stx_ctime.tv_nsec == a.st_ctim.tv_nsec);
+	CHECK(makedev(c.stx_dev_major, c.stx_dev_minor) == a.st_dev && c.stx_uid == a.st_uid && c.stx_nlink == 1);
+	CHECK(fstat(iommufd, &b) == 0 && S_ISCHR(b.st_mode) && major(b.st_rdev) == 10);
+	CHECK(b.st_ino != a.st_ino);
+	FAILS(syscall(SYS_newfstatat, device, "", (void *)8, AT_EMPTY_PATH), EFAULT);
+	FAILS(fstatat(device, "x", &b, 0), ENOTDIR);
+	FAILS(fstatat(device, "", &b, 0), ENOENT);
+	int high = fcntl(0, F_DUPFD, 950); // not ours
+	CHECK(high >= 950 && fstat(high, &a) == 0 && fstat(0, &b) == 0 && a.st_ino == b.st_ino && a.st_rdev == b.st_rdev);
+}
+
 static void processes(void)
 {
 	int device = opened("/dev/vfio/devices/vfio0"), iommufd = opened("/dev/iommu");
@@ -231,6 +255,8 @@ int main(int argc, char **argv)
 		openers();
 	else if (!strcmp(what, "refused"))
 		refused();
+	else if (!strcmp(what, "status"))
+		status();
 	else if (!strcmp(what, "processes"))
 		processes();
 	else

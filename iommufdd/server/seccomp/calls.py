@@ -13,7 +13,7 @@ from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
 from iommufdd.user import Gate
 
-from . import caps, rw
+from . import caps, rw, status
 from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
@@ -70,6 +70,7 @@ class Calls:
             numbers.capget: self.capget,
             numbers.capset: self.capset,
             **{number: self._on_file(call) for number, call in rw.table(numbers).items()},
+            **{number: self._on_status(fill) for number, fill in status.table(numbers).items()},
         }
         self.handlers.pop(-1, None)
 
@@ -227,6 +228,16 @@ class Calls:
                 return call(thread.caller, found.file, args)
             except IommufdError as error:
                 return -error.errno
+
+        return handler
+
+    def _on_status(self, fill: status.Fill) -> Handler:
+        def handler(thread: Thread, args: list[int]) -> int:
+            found = self._find(thread, _int(args[0]))
+            if not isinstance(found, Installed) or found.file is not found.opened.file:
+                return CONTINUE
+            answer = fill(thread, found, args)
+            return CONTINUE if answer == status.NOT_OURS else answer
 
         return handler
 

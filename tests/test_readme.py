@@ -42,7 +42,8 @@ def test_the_drawing_shows_every_module_of_the_core() -> None:
     (drawing,) = re.findall(r"```\n(iommufd_uapi/.*?)```", README, re.DOTALL)
     shown = set(re.findall(r"[\w/]+\.py", drawing))
     core = {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd").glob("*.py")}
-    core |= {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd/iommu").glob("*.py")}
+    for room in ("iommu", "vfio"):
+        core |= {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd" / room).glob("*.py")}
     uapi = {path.name for path in (ROOT / "uapi/iommufd_uapi").glob("*.py")}
     there = {name for name in core | uapi if not name.endswith("__init__.py")}
     models = {"mock.py", "mock_viommu.py", "dirty.py"}

@@ -85,6 +85,22 @@ GATES: dict[Callable[[Lab], Prepared], set[Gate]] = {
 CHANGED = {(replace, COPY_OUT), (attach_pasid, COPY_OUT), (replace_pasid, COPY_OUT)}
 
 
+def passes(prepare: Callable[[Lab], Prepared]) -> list[Gate]:
+    """Every gate on the way of a call that succeeds."""
+    lab = Lab()
+    cdev, cmd = prepare(lab)
+    at = lab.c.process.put(cmd.pack(), ARGUMENT)
+    lab.c.gate.passed = []
+    assert cdev.file.ioctl(lab.c.caller, cmd.CMD, at) == 0
+    return lab.c.gate.passed
+
+
+def test_a_pasid_is_noted_down_once() -> None:
+    """ida_alloc_range(), before what attaching takes."""
+    assert passes(attach_pasid).count(MEMORY) == passes(attach).count(MEMORY) + 1
+    assert passes(replace_pasid).count(MEMORY) == passes(replace).count(MEMORY) == 0
+
+
 def run(prepare: Callable[[Lab], Prepared], nth: int) -> tuple[int, Gate | None, list[str]]:
     lab = Lab()
     cdev, cmd = prepare(lab)

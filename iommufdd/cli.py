@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from .machine_file import Machines
     from .server.credentials import Virtual
     from .server.serve import Server
 
@@ -23,6 +24,13 @@ Each client gets a machine of its own, unless it asks for a shared one by name. 
 closed when its last descriptor is, however the client ends."""
 
 EPILOG = """\
+machines:
+  A machine is what a client finds: IOMMUs and devices behind them, named and described in TOML. A
+  client may ask for one of those the daemon knows: the built-in ones, and those of --machine, whose
+  first is what clients get that do not ask. 'iommufdctl machine list' shows the built-in ones, 'machine
+  show vtd --toml' how a file is written, 'machine check FILE' what is wrong with one. A FILE is a
+  word with a slash, or that ends in .toml.
+
 sockets:
   Clients connect to PATH (type SOCK_SEQPACKET); docs/PROTOCOL.md is the protocol. The admin socket
   (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, and, for tests, credentials
@@ -44,6 +52,7 @@ exit status:
 examples:
   iommufdd --socket-path /run/iommufdd/iommufdd.sock
   iommufdd --socket-path ./iommu.sock --terminate --log-level debug
+  iommufdd --socket-path ./iommu.sock --machine vtd --machine ./two-cards.toml
   iommufdd --fd 3                  (an inherited socket, listening or connected)
   echo '{"request": "stats"}' | socat - UNIX-CONNECT:./iommu.sock.admin
 """
@@ -51,20 +60,29 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon; the exit status."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["machine"]:
+        from .machine_cli import main as machine
+
+        return machine(words[1:])
+    args = _parser().parse_args(words)
     if args.print_capabilities:
         import json
 
         print(json.dumps(capabilities(), indent=2))
         return 0
     _configure_logging(args.log_level, args.log_format)
+    from .errors import ENOENT
+    from .machine_file import MachineFileError, Machines
     from .server.listener import StartError
 
     try:
-        return _serve(args)
-    except StartError as error:
+        return _serve(args, Machines(args.machine))
+    except MachineFileError as error:
+        print(error, file=sys.stderr)
+    except (ENOENT, StartError) as error:
         print(f"iommufdd: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 def capabilities() -> dict[str, object]:
@@ -75,6 +93,7 @@ def capabilities() -> dict[str, object]:
     from iommufd_uapi.layout import Ioctl
 
     from .context import IOCTL_OPS
+    from .machine_file import built_in_names
 
     structs: tuple[type[Ioctl], ...] = (*IOCTLS, TestCmd)
     macros = {struct.CMD: struct.MACRO for struct in structs}
@@ -83,7 +102,7 @@ def capabilities() -> dict[str, object]:
         "protocol": wire.VERSION,
         "kernel": "7.2",
         "ioctls": {macros[op.cmd]: op.cmd for op in IOCTL_OPS},
-        "machines": ["mock"],
+        "machines": built_in_names(),
         "limits": {
             "packet_bytes": wire.MAX_PACKET,
             "packet_descriptors": wire.MAX_FDS,
@@ -116,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sockets.add_argument("--mode", type=_mode, default=0o660, metavar="OCTAL", help="mode of the socket (default 0660)")
     sockets.add_argument("--terminate", action="store_true", help="exit when the last client has left")
+    machines = parser.add_argument_group("which machines clients find")
+    machines.add_argument(
+        "--machine",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="know this machine; the first is the default (without: mock)",
+    )
     callers = parser.add_argument_group("who the callers are")
     callers.add_argument("--caller", type=_caller, metavar="SPEC", help="credentials of every caller, see below")
     callers.add_argument(
@@ -176,7 +203,7 @@ def _configure_logging(level: str, style: str) -> None:
 # ---- the way in and out ------------------------------------------------------------------------------------
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace, machines: Machines) -> int:
     import gc
 
     import trio
@@ -186,7 +213,11 @@ def _serve(args: argparse.Namespace) -> int:
     from .wiring import new_machine
 
     server = Server(
-        new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6
+        new_machine,
+        machines=machines,
+        virtual=args.caller or OWN,
+        virtual_caller=args.virtual_caller,
+        spin=args.spin_us / 1e6,
     )
     try:
         admin = _open_sockets(server, args)

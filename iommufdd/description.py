@@ -1,6 +1,7 @@
 """What a machine is made of: its IOMMUs and the devices behind them, as a machine file (TOML) describes them.
 
-Keys are spelt with dashes, as here with underscores; sizes may be numbers or text like "2M".
+Keys are spelt with dashes, as here with underscores. What a machine file may say besides: machine_file.py (text as
+"2M" for the numbers of Reserved) and machine_rules.py (what must fit together).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 Bits: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=64)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,31}$")]
+Iova: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,30}\Z")]
 CacheMode: TypeAlias = Literal["faithful", "greedy", "off"]
 
 
@@ -21,8 +23,8 @@ class _Description(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Reserved(_Description, frozen=True):
     """IOVA that devices cannot use for DMA (struct iommu_resv_region): [start, last]."""
 
-    start: int
-    last: int
+    start: Iova
+    last: Iova
     kind: Literal["direct-relaxable", "reserved", "msi", "sw-msi"] = "reserved"
 
 
@@ -30,8 +32,8 @@ class Caches(_Description, frozen=True):
     """How an IOMMU caches: faithful keeps, and evicts by the seed when full; greedy never evicts; off."""
 
     mode: CacheMode = "faithful"
-    iotlb_entries: Annotated[int, msgspec.Meta(ge=1)] = 4096
-    seed: int = 0
+    iotlb_entries: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)] = 4096
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class Iommu(_Description, frozen=True, tag_field="model"):
@@ -81,9 +83,9 @@ class DeviceDescription(_Description, frozen=True):
     """An endpoint: a PCI function that issues DMA."""
 
     name: Name  # of its file: /dev/vfio/devices/NAME
-    bdf: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")]
+    bdf: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{4}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z")]
     iommu: Name
-    group: int | None = None  # devices with the same number share a group; none: a group of its own
+    group: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None  # shared by number; none: one of its own
     ats: bool = False  # has a device TLB
     pri: bool = False  # takes page faults; needs ats
     pasid_width: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
@@ -97,3 +99,6 @@ class MachineDescription(_Description, frozen=True):
     name: Name
     iommu: tuple[AnyIommu, ...] = ()
     device: tuple[DeviceDescription, ...] = ()
+
+
+MOCK = MachineDescription(name="mock")  # nothing of its own: the selftest's mock IOMMU is in every machine

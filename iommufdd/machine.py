@@ -1,13 +1,15 @@
-"""A machine instance: what is global to a kernel. IOMMUs, users, and the selftest's settings."""
+"""A machine instance: what is global to a kernel. IOMMUs, devices, users, and the selftest's settings."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .description import MOCK
 from .user import User
 
 if TYPE_CHECKING:
-    from .iommu.ops import Device
+    from .description import MachineDescription
+    from .iommu.ops import Device, IommuOps
     from .iommu.selftest_ops import SelftestIommu
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
@@ -16,10 +18,13 @@ TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
 class Machine:
     """One emulated machine. Contexts of different machines share nothing."""
 
-    def __init__(self, name: str, mock: SelftestIommu) -> None:
+    def __init__(self, name: str, mock: SelftestIommu, description: MachineDescription = MOCK) -> None:
+        """`name` is the instance's, '' for a private one; the description has the machine's."""
         self.name = name
         self.mock = mock
-        self.devices: dict[str, Device] = {}  # by the name of their file in /dev/vfio/devices
+        self.description = description
+        self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
+        self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

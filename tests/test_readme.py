@@ -38,6 +38,24 @@ def test_the_unmodified_program_runs() -> None:
     assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
 
 
+def test_the_machine_file_is_good_and_the_complaint_is_what_it_says(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+
+    def check() -> tuple[int, str]:
+        command = [sys.executable, "-m", "iommufd_client.cli", "machine", "check", "lab.toml"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    (tmp_path / "lab.toml").write_text(block)
+    assert check() == (0, "")
+    (tmp_path / "lab.toml").write_text(block.replace("ats = true\n", ""))
+    status, complaint = check()
+    assert (status, f"`{complaint.strip()}`" in README) == (1, True), complaint
+
+
 def test_the_drawing_shows_every_module_of_the_core() -> None:
     (drawing,) = re.findall(r"```\n(iommufd_uapi/.*?)```", README, re.DOTALL)
     shown = set(re.findall(r"[\w/]+\.py", drawing))
@@ -46,7 +64,7 @@ def test_the_drawing_shows_every_module_of_the_core() -> None:
         core |= {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd" / room).glob("*.py")}
     uapi = {path.name for path in (ROOT / "uapi/iommufd_uapi").glob("*.py")}
     there = {name for name in core | uapi if not name.endswith("__init__.py")}
-    models = {"mock.py", "mock_viommu.py", "dirty.py"}
+    models = {"mock.py", "mock_viommu.py", "dirty.py", "vtd.py"}
     shown = {f"iommu/{name}" if name in models else name for name in shown}
     assert shown == there
 

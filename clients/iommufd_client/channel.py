@@ -41,7 +41,10 @@ class ProtocolError(ConnectionError):
 
 
 def hello(kind: int, *, mm: int = 0, machine: str = "", device: str = "", container: bool = False) -> bytes:
-    """The first packet; container: as /dev/vfio/vfio. ValueError if a name takes more than 32 bytes."""
+    """The first packet; machine: [INSTANCE][@MACHINE]; container: as /dev/vfio/vfio.
+
+    ValueError if a name takes more than 32 bytes.
+    """
     names = machine.encode(), device.encode()
     if max(map(len, names)) > 32:
         raise ValueError("the name of a machine or a device takes at most 32 bytes")
@@ -53,11 +56,14 @@ def welcome(data: bytes) -> int:
     """The mm of a hello reply. IommufdOSError if the daemon refuses, ProtocolError if this is no iommufdd."""
     if not data:
         raise ConnectionResetError("the daemon closed the connection without a hello")
-    if len(data) != wire.HelloReply.SIZEOF or (reply := wire.HelloReply.unpack(data)).magic != wire.MAGIC:
+    size = wire.HelloReply.SIZEOF
+    if len(data) < size or (reply := wire.HelloReply.unpack(data)).magic != wire.MAGIC:
         raise ProtocolError("this is no iommufdd: its hello reply is not one")
     if reply.error:
         said = f"the daemon speaks version {reply.version}" if reply.version != wire.VERSION else ""
-        raise IommufdOSError(reply.error, said)
+        raise IommufdOSError(reply.error, said or data[size:].decode(errors="replace"))
+    if len(data) > size:
+        raise ProtocolError("a hello reply with something behind it")
     return reply.mm
 
 

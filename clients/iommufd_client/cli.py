@@ -29,6 +29,7 @@ exit status:
 examples:
   iommufdctl run -- ./program           a program that sees a /dev/iommu
   iommufdctl demo                       a small VMM against a private daemon, in a second
+  iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
@@ -128,7 +129,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "mount", "run", "show"],
+        "commands": ["demo", "doctor", "ioctls", "machine", "mount", "run", "show"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -175,10 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from . import mount_options, run_options
+    from . import machine_options, mount_options, run_options
 
     run_options.add(command)
     mount_options.add(command)
+    machine_options.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 

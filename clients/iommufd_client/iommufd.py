@@ -48,7 +48,8 @@ class Iommufd(Connection):
     """One open /dev/iommu of the daemon.
 
     The socket is `socket_path`, else $IOMMUFDD_SOCKET, $XDG_RUNTIME_DIR/iommufdd.sock, or
-    /run/iommufdd/iommufdd.sock. Machines of one name share their devices; without a name it is private.
+    /run/iommufdd/iommufdd.sock. The `machine` is `[INSTANCE][@MACHINE]`: "" a private one of the daemon's default
+    kind, "@vtd" a private vtd, "ci" the one that all who say so share, "ci@vtd" the same, and it must be a vtd.
     With `explain` every IommufdOSError says why, at some cost. A `container` is opened as /dev/vfio/vfio: pinned
     memory is charged by process, as VFIO does.
 

@@ -39,11 +39,12 @@ class RunError(RuntimeError):
 
 def check_welcome(reply: bytes) -> None:
     """The daemon's reply to the hello. RunError."""
-    if len(reply) != HELLO_REPLY.size:
+    if len(reply) < HELLO_REPLY.size:
         raise RunError("the daemon closed the connection; its log says why")
-    number = HELLO_REPLY.unpack(reply)[3]
+    number = HELLO_REPLY.unpack_from(reply)[3]
     if number:
-        raise RunError(f"the daemon refuses: {os.strerror(number)}")
+        reason = reply[HELLO_REPLY.size :].decode(errors="replace")
+        raise RunError(f"the daemon refuses: {reason or os.strerror(number)}")
 
 
 class Keeper:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from . import namespace, run
 from .keeper import FORWARDED, PATIENCE, SI_KERNEL, RunError, check_welcome
+from .machine_options import Choice
 from .run import EXPLAIN, SUMMARY
 
 MOUNT = 4  # the hello's kind
@@ -31,7 +32,7 @@ class Options(NamedTuple):
 
     path: str
     command: list[str]
-    machine: str = ""
+    machine: Choice = Choice([], "")
     socket_path: str = ""  # of a daemon that runs already; else a private one is started
     caller: str = ""
     explain: bool = False
@@ -45,7 +46,7 @@ def mount(options: Options) -> int:
     if not options.command and os.geteuid():
         raise RunError("only root can mount for everybody; others give a command: iommufdctl mount PATH -- CMD")
     # A private daemon ends when the mount has: nobody waits for it.
-    connection, _ = run.connect(options.socket_path) if options.socket_path else run.spawn()
+    connection, _ = run.connect(options.socket_path) if options.socket_path else run.spawn(options.machine)
     with connection:
         return _command(options, connection) if options.command else _everybody(options, connection)
 
@@ -54,7 +55,7 @@ def _hand_over(connection: socket.socket, options: Options, device: int, dev: in
     """The hello, and the daemon's answer. RunError."""
     flags |= EXPLAIN * options.explain | SUMMARY * options.summary
     flags |= CONTAINER * (os.path.basename(options.path) == "vfio")
-    hello = run.HELLO.pack(run.MAGIC, run.VERSION, MOUNT, flags, 0, dev, 0, options.machine.encode(), b"")
+    hello = run.HELLO.pack(run.MAGIC, run.VERSION, MOUNT, flags, 0, dev, 0, options.machine.name.encode(), b"")
     rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device])
     try:
         connection.sendmsg([hello + options.caller.encode()], [rights])

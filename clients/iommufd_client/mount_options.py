@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from . import machine_options
 from .run_options import caller
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ Put a /dev/iommu at PATH: a file that answers as the device does. For programs t
 set-user-ID programs, those that stat() the device or open it read-only, those that have a seccomp listener already,
 and for whole systems. Needs /dev/fuse, and root or user namespaces."""
 
-MOUNT_EPILOG = """\
+MOUNT_EPILOG = f"""\
 how:
   PATH becomes a FUSE file of one daemon: a private one, unless --socket-path names one that runs. A
   missing PATH is made, and removed at the end; over the real /dev/iommu, the mount hides it meanwhile.
@@ -33,6 +34,7 @@ for one command:
   copy: nothing outside changes. Signals go on to CMD; if mount is killed, so is CMD. Children that
   outlive CMD keep PATH.
 
+{machine_options.EPILOG}
 callers:
   As for 'iommufdctl run': --caller uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536, or part
   of it, replaces what callers have when they start. In a user namespace no capability counts.
@@ -58,7 +60,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser = command("mount", "put a /dev/iommu at a path (FUSE)", MOUNT, MOUNT_EPILOG)
     parser.usage = "iommufdctl mount [options] PATH [-- CMD [ARG...]]"
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
-    parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
+    parser.add_argument("--machine", metavar="NAME|FILE", default="", help=machine_options.HELP)
     parser.add_argument(
         "--caller", type=caller, metavar="SPEC", default="", help="credentials that callers start with, see below"
     )
@@ -77,11 +79,16 @@ def _run(args: argparse.Namespace) -> int:
     if not command and sys.argv[-1] == "--":  # an empty variable, say: not a mount for everybody
         print("iommufdctl mount: give a command after --", file=sys.stderr)
         return 2
-    if len(args.machine.encode()) > 32 or len(args.caller.encode()) > 256:
-        print("iommufdctl mount: the machine's name, or --caller, is too long", file=sys.stderr)
+    if len(args.caller.encode()) > 256:
+        print("iommufdctl mount: --caller is too long", file=sys.stderr)
+        return 2
+    try:
+        machine = machine_options.choose(args.machine, args.socket_path)
+    except machine_options.UsageError as error:
+        print(f"iommufdctl mount: {error}", file=sys.stderr)
         return 2
     options = Options(
-        args.path, command, args.machine, args.socket_path, args.caller, explain=args.explain, summary=args.summary
+        args.path, command, machine, args.socket_path, args.caller, explain=args.explain, summary=args.summary
     )
     try:
         return mount(options)

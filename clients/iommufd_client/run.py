@@ -22,6 +22,7 @@ from iommufd_uapi import seccomp
 
 from .filter import program
 from .keeper import Keeper, RunError, check_welcome
+from .machine_options import Choice
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SECCOMP_FILTER_FLAG_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
@@ -38,7 +39,7 @@ class Options(NamedTuple):
     """What the command line says."""
 
     command: list[str]
-    machine: str = ""
+    machine: Choice = Choice([], "")
     socket_path: str = ""  # of a daemon that runs already; else a private one is started
     caller: str = ""
     explain: bool = False
@@ -53,24 +54,25 @@ def run(options: Options) -> int:
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
     base = options.fd_base or fd_base()
+    waits = bool(options.socket_path) or options.machine != Choice([], "")  # for a daemon that may refuse
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
     fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    connection, daemon = connect(options.socket_path) if options.socket_path else spawn()
+    connection, daemon = connect(options.socket_path) if options.socket_path else spawn(options.machine)
     try:
         child, ours = _start(options, numbers, base)
         try:
             listener = _receive_listener(ours, child)
             _hand_over(connection, options, listener, page, base)
-            if daemon is None:  # else CMD need not wait for it to start: its first call on /dev/iommu will
-                check_welcome(connection.recv(4096))
+            if waits:  # else CMD need not wait for it to start: its first call on /dev/iommu will
+                _hear_welcome(connection)
             ours.send(b"go")
         except BaseException:
             ours.close()
             os.waitpid(child, 0)
             raise
         ours.close()
-        keeper = Keeper(connection, listener, page, child, numbers, welcome=daemon is not None)
+        keeper = Keeper(connection, listener, page, child, numbers, welcome=not waits)
         return keeper.run(last_words=options.explain or options.summary)
     except BaseException:
         connection.close()
@@ -101,14 +103,14 @@ def connect(path: str) -> tuple[socket.socket, None]:
     return connection, None
 
 
-def spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+def spawn(machine: Choice) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """A private daemon, which ends when its connections and processes have; out of reach of the terminal."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("LISTEN_", "NOTIFY_"))}
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-m", "iommufdd.cli", "--fd", str(theirs.fileno()), "--terminate"]
     daemon = subprocess.Popen(
-        [*command, "--log-level", "warning"],
+        [*command, "--log-level", "warning", *machine.options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env=environment,
@@ -122,10 +124,17 @@ def spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
     """The hello. RunError."""
     flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
-    hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.encode(), b"")
+    hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.name.encode(), b"")
     rights = array.array("i", [listener, page, *_debug_folder(options)])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    except OSError as error:
+        raise RunError(f"the daemon went away: {error.strerror}") from None
+
+
+def _hear_welcome(connection: socket.socket) -> None:
+    try:
+        check_welcome(connection.recv(4096))
     except OSError as error:
         raise RunError(f"the daemon went away: {error.strerror}") from None
 

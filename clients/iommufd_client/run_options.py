@@ -7,6 +7,8 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from . import machine_options
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -14,7 +16,7 @@ RUN = """\
 Run a program that sees /dev/iommu (and /dev/vfio/vfio) where there is none. The program is not changed and need not
 be: static or dynamic, Go or C, with threads, fork and exec. Needs no privilege; Linux 5.19 or later."""
 
-RUN_EPILOG = """\
+RUN_EPILOG = f"""\
 how:
   A seccomp filter notifies a daemon of opens for reading and writing and of ioctls of iommufd; the
   rest runs as always. The daemon is a private one, unless --socket-path names one that runs. Programs
@@ -25,6 +27,7 @@ descriptors:
   The daemon's get numbers from 900 on (below, where RLIMIT_NOFILE is lower). Copies made by dup2() to
   a low number, or received by SCM_RIGHTS, do ioctl, poll and close, but not read and write.
 
+{machine_options.EPILOG}
 callers:
   Whether pinned pages count against RLIMIT_MEMLOCK depends on who calls. --caller replaces the uid,
   capabilities and limit that CMD starts with: uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536
@@ -43,7 +46,8 @@ examples:
   iommufdctl run -- ./iommufd                       the kernel's own selftest
   iommufdctl run --explain -- qemu-system-x86_64 ...
   iommufdctl run --caller uid=1000,caps=none,memlock=65536 -- ./my-test
-  iommufdctl run --machine pair -- ./a & iommufdctl run --machine pair ...   (with one --socket-path)
+  iommufdctl run --machine vtd -- ./my-vmm          a machine with an Intel VT-d
+  iommufdctl run --socket-path ./s --machine pair -- ./a & iommufdctl run --socket-path ./s --machine pair -- ./b
 """
 
 
@@ -52,7 +56,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser = command("run", "run a program that sees a /dev/iommu", RUN, RUN_EPILOG)
     parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
     parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
-    parser.add_argument("--machine", metavar="NAME", default="", help="share the machine of this name")
+    parser.add_argument("--machine", metavar="NAME|FILE", default="", help=machine_options.HELP)
     parser.add_argument(
         "--caller", type=caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below"
     )
@@ -97,11 +101,16 @@ def _run(args: argparse.Namespace) -> int:
     if not command:
         print("iommufdctl run: give a command: iommufdctl run -- CMD", file=sys.stderr)
         return 2
-    if len(args.machine.encode()) > 32 or len(args.caller.encode()) > 256:
-        print("iommufdctl run: the machine's name, or --caller, is too long", file=sys.stderr)
+    if len(args.caller.encode()) > 256:
+        print("iommufdctl run: --caller is too long", file=sys.stderr)
+        return 2
+    try:
+        machine = machine_options.choose(args.machine, args.socket_path)
+    except machine_options.UsageError as error:
+        print(f"iommufdctl run: {error}", file=sys.stderr)
         return 2
     options = Options(
-        command, args.machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base
+        command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base
     )
     try:
         return run(options)

@@ -63,7 +63,7 @@ def _draw(node: Node, lead: str = "", rest: str = "") -> Iterator[str]:
 
 
 def _instance(instance: Instance, paint: Paint) -> Node:
-    name = f"machine {instance.name}" if instance.name else "private machine"
+    name = f"machine {instance.name}@{instance.machine}" if instance.name else f"private machine @{instance.machine}"
     locked = [f"uid {user.uid}: {several(user.locked_vm, 'page')} locked" for user in instance.users if user.locked_vm]
     contexts = [_context(context, paint) for context in instance.contexts]
     devices = [_device(device, paint) for device in instance.devices]

@@ -64,6 +64,7 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
     users |= {pages.user for context in contexts for pages in _pages(context)}
     return admin.Instance(
         instance.machine.name,
+        instance.machine.description.name,
         [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
         [_context(server, context) for context in contexts],
         [_device(server, device) for device in devices],

@@ -39,10 +39,10 @@ class OpenDevice:
         self.file.opened = self
         instance.devices.add(self)
         instance.instances.devices.add(self)
-        instance.instances.name(instance)
+        instance.keep(self)
 
     def settle(self) -> None:
         """It has no reference left."""
         self.instance.devices.discard(self)
         self.instance.instances.devices.discard(self)
-        self.instance.instances.unname(self.instance)
+        self.instance.let_go(self)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, VERSION, Hello, HelloReply, Kind
+from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, MAX_REASON, VERSION, Hello, HelloReply, Kind
 from iommufdd.errors import EBADF, EINVAL, IommufdError, ProtocolError
 
 from .devices import OpenDevice
+from .instance import OpenContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Refusal(Exception):
     def __init__(self, hello: Hello, errno: int, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.answer = HelloReply(kind=hello.kind, error=errno).pack()
+        self.answer = HelloReply(kind=hello.kind, error=errno).pack() + reason.encode()[:MAX_REASON]
 
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
@@ -68,7 +69,7 @@ def _open(channel: Channel, hello: Hello, machine: str, device: str, fds: Sequen
     """What the channel is for, with a reference for it. EBADFD, ENOENT, EMFILE."""
     instances, uid = channel.server.instances, channel.peer.uid
     if hello.kind == Kind.IOMMUFD:
-        return instances.open(machine, uid, container=bool(hello.flags & HELLO_CONTAINER))
+        return OpenContext(instances.join(machine), uid, container=bool(hello.flags & HELLO_CONTAINER))
     if hello.kind == Kind.DEVICE:
         return OpenDevice(instances.find(fds[0]).instance if fds else instances.join(machine), device, uid)
     context = instances.find(fds[0])

@@ -8,7 +8,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from iommufdd.context import Context
-from iommufdd.errors import EBADFD, EMFILE, ENOENT, EPERM
+from iommufdd.errors import EBADFD, EEXIST, EINVAL, EMFILE, ENOENT, EPERM
 from iommufdd.mm import RegisteredMm
 
 from .files import FileKey, file_key
@@ -16,7 +16,9 @@ from .files import FileKey, file_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from iommufdd.description import MachineDescription
     from iommufdd.machine import Machine
+    from iommufdd.machine_file import Machines
 
     from .channel import Channel
     from .devices import OpenDevice
@@ -27,13 +29,25 @@ SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 
 class Instance:
-    """A machine and the contexts open on it."""
+    """A machine and what keeps it: the contexts open on it, and whoever may open more."""
 
     def __init__(self, instances: Instances, machine: Machine) -> None:
         self.instances = instances
         self.machine = machine
         self.contexts: set[OpenContext] = set()
         self.devices: set[OpenDevice] = set()
+        self._users: set[object] = set()
+
+    def keep(self, user: object) -> None:
+        """`user` needs the machine. Its name leads here until the last user lets it go."""
+        self._users.add(user)
+        if self.machine.name:
+            self.instances.named[self.machine.name] = self
+
+    def let_go(self, user: object) -> None:
+        self._users.discard(user)
+        if not self._users and self.instances.named.get(self.machine.name) is self:
+            del self.instances.named[self.machine.name]
 
 
 class ServedContext(Context):
@@ -67,6 +81,7 @@ class OpenContext:
         self.ctx = self.file = ServedContext(instance.machine, container=container)
         self.ctx.opened = self
         instance.contexts.add(self)
+        instance.keep(self)
         instance.instances.contexts[self.key] = self
 
     def settle(self) -> None:
@@ -81,35 +96,38 @@ class OpenContext:
 class Instances:
     """All machine instances and contexts of the daemon."""
 
-    def __init__(self, new_machine: Callable[[str], Machine], nofile: Nofile) -> None:
+    def __init__(
+        self, new_machine: Callable[[str, MachineDescription], Machine], machines: Machines, nofile: Nofile
+    ) -> None:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
         self.devices: set[OpenDevice] = set()
+        self.named: dict[str, Instance] = {}
         self._new_machine = new_machine
-        self._named: dict[str, Instance] = {}
+        self._machines = machines
 
     def __iter__(self) -> Iterator[Instance]:
         """Every instance on which something is open."""
         found = {context.instance: None for context in self.contexts.values()}
         return iter(found | {device.instance: None for device in self.devices})
 
-    def open(self, name: str, uid: int, *, container: bool = False) -> OpenContext:
-        """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
-        instance = self._named.get(name)
-        if instance is None:
-            instance = Instance(self, self._new_machine(name))
-        context = OpenContext(instance, uid, container=container)
-        self.name(instance)
-        return context
-
-    def name(self, instance: Instance) -> None:
-        """Something is open on the instance: others can find it by its name."""
-        if instance.machine.name:
-            self._named.setdefault(instance.machine.name, instance)
-
     def join(self, name: str) -> Instance:
-        """The machine of that name if a context is open on it, else a new one; for contexts opened later."""
-        return self._named.get(name) or Instance(self, self._new_machine(name))
+        """The machine instance `[INSTANCE][@MACHINE]`; a new one if INSTANCE is empty or nobody keeps it yet.
+
+        Whoever joins calls keep(), before anybody else can ask. EEXIST: it is another machine. ENOENT: no machine has
+        that name. EINVAL: nothing behind the @, or INSTANCE alone is the name of a machine.
+        """
+        instance, at, machine = name.partition("@")
+        if at and not machine:
+            raise EINVAL(f"{name!r} names no machine behind the @")
+        if not at and instance in self._machines.names:
+            raise EINVAL(f"{instance!r} is a machine: '@{instance}' is a private one, 'NAME@{instance}' a shared one")
+        found = self.named.get(instance)
+        if found is None:
+            return Instance(self, self._new_machine(instance, self._machines.describe(machine)))
+        if machine and found.machine.description != self._machines.describe(machine):
+            raise EEXIST(f"{instance!r} is there, as {found.machine.description.name!r}")
+        return found
 
     def find(self, fd: int) -> OpenContext:
         """The context that a descriptor identifies; EBADFD."""
@@ -119,15 +137,11 @@ class Instances:
         return context
 
     def forget(self, context: OpenContext) -> None:
-        """A context is gone, and its machine with the last one."""
+        """A context is gone, and its machine with the last who kept it."""
+        instance = context.instance
         del self.contexts[context.key]
-        context.instance.contexts.discard(context)
-        self.unname(context.instance)
-
-    def unname(self, instance: Instance) -> None:
-        """Others cannot find the instance by its name any more, if nothing is open on it."""
-        if not instance.contexts and not instance.devices and self._named.get(instance.machine.name) is instance:
-            del self._named[instance.machine.name]
+        instance.contexts.discard(context)
+        instance.let_go(context)
 
 
 class AddressSpace:

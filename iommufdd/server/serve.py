@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from iommufd_uapi.wire import MAX_PACKET
+from iommufdd.machine_file import Machines
 
 from . import credentials, log
 from .files import Pipes
@@ -24,6 +25,7 @@ from .reactor import Reactor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from iommufdd.description import MachineDescription
     from iommufdd.machine import Machine
     from iommufdd.user import Task
 
@@ -40,8 +42,9 @@ class Server:
 
     def __init__(
         self,
-        new_machine: Callable[[str], Machine],
+        new_machine: Callable[[str, MachineDescription], Machine],
         *,
+        machines: Machines | None = None,
         virtual: credentials.Virtual = credentials.OWN,
         virtual_caller: bool = False,
         linger: float = LINGER,
@@ -53,7 +56,7 @@ class Server:
         self.nofile = Nofile(nofile)
         self.page_files = PageFiles(self.nofile)
         self.pipes = Pipes(self.nofile)
-        self.instances = Instances(new_machine, self.nofile)
+        self.instances = Instances(new_machine, machines or Machines(), self.nofile)
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)
         self.channels: set[Channel] = set()

@@ -51,6 +51,24 @@ def test_no_daemon_at_the_socket(mount: Mount, tmp_path: Path) -> None:
     assert (result.returncode, "no daemon answers" in result.stderr) == (1, True)
 
 
+def test_nothing_is_mounted_without_its_machine(mount: Mount, tmp_path: Path, daemon: Daemon) -> None:
+    bad, good = tmp_path / "bad.toml", tmp_path / "good.toml"
+    bad.write_text("name = 3\n")
+    good.write_text('name = "lab"\n')
+    socket = ("--socket-path", daemon.socket_path)
+    for status, said, *options in (
+        (0, "", "vtd"),
+        (0, "", good),
+        (0, "", "ci@vtd", *socket),
+        (1, f"{bad}:1: name: Expected `str`, got `int`", bad),
+        (1, "the daemon refuses: there is no machine 'none'; there are mock, vtd", "@none", *socket),
+        (2, f"start it with --machine {good}, and say --machine @NAME", good, *socket),
+    ):
+        result = mount("--machine", *options, "/dev/iommu", "--", "echo", "started")
+        assert (result.returncode, result.stdout) == (status, "" if status else "started\n"), options
+        assert said in result.stderr
+
+
 def test_a_folder_is_no_place(mount: Mount, tmp_path: Path) -> None:
     result = mount(tmp_path, "--", "true")
     assert (result.returncode, "no private mount" in result.stderr) == (1, True)

@@ -37,7 +37,7 @@ def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", *
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sock.sendmsg([hello + text], rights)
         reply = sock.recv(4096)
-        return int(HELLO_REPLY.unpack(reply)[3]) if reply else -1
+        return int(HELLO_REPLY.unpack_from(reply)[3]) if reply else -1
 
 
 @pytest.fixture

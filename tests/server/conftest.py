@@ -16,6 +16,7 @@ from typing import Any, Self
 import pytest
 
 from iommufd_uapi import admin
+from iommufdd.description import MachineDescription
 from iommufdd.machine import Machine
 from iommufdd.server.listener import adopt
 from iommufdd.server.serve import Server
@@ -149,7 +150,7 @@ def daemon(start: Start) -> Daemon:
 class Local:
     """A server in this process. `pump()` lets it handle all that is ready; nothing happens in between."""
 
-    def __init__(self, factory: Callable[[str], Machine] = new_machine, **options: Any) -> None:
+    def __init__(self, factory: Callable[[str, MachineDescription], Machine] = new_machine, **options: Any) -> None:
         self.server = Server(factory, linger=0.0, **options)
         self.peers: list[LocalPeer] = []
 

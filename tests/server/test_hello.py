@@ -3,11 +3,13 @@
 import errno
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from iommufd_uapi import wire
-from tests.server.conftest import Local
+from iommufdd.machine_file import Machines
+from tests.server.conftest import Local, LocalPeer
 from tests.server.peer import hello, ioctl, memfd
 
 
@@ -120,6 +122,87 @@ def test_machines(local: Local) -> None:
     assert three is four
     assert three not in (one, two)
     assert three.machine.name == "lab"
+
+
+def kind_of(local: Local, peer: LocalPeer) -> str:
+    """The description's name of the machine a peer is on."""
+    inode = os.fstat(peer.identity).st_ino
+    (context,) = (context for key, context in local.server.instances.contexts.items() if key[1] == inode)
+    return context.instance.machine.description.name
+
+
+@pytest.mark.parametrize(("name", "kind"), [(b"", "mock"), (b"@vtd", "vtd"), (b"ci@vtd", "vtd"), (b"ci@mock", "mock")])
+def test_a_machine_of_a_kind(local: Local, name: bytes, kind: str) -> None:
+    assert kind_of(local, local.connect(machine=name)) == kind
+
+
+def test_shared_machines_have_one_kind(local: Local) -> None:
+    first, second, third = (local.connect(machine=name) for name in (b"ci@vtd", b"ci", b"ci@vtd"))
+    assert [kind_of(local, peer) for peer in (first, second, third)] == ["vtd"] * 3
+    assert len(list(local.server.instances)) == 1
+    assert why(local, b"ci@mock") == (errno.EEXIST, "'ci' is there, as 'vtd'")
+    for peer in (first, second, third):
+        peer.close()
+    assert kind_of(local, local.connect(machine=b"ci@mock")) == "mock"
+
+
+def test_private_machines_of_a_kind_are_private(local: Local) -> None:
+    local.connect(machine=b"@vtd")
+    local.connect(machine=b"@vtd")
+    assert len(list(local.server.instances)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        (b"@vtx", (errno.ENOENT, "there is no machine 'vtx'; there are mock, vtd")),
+        (b"ci@vtd@", (errno.ENOENT, "there is no machine 'vtd@'; there are mock, vtd")),
+        (b"ci@", (errno.EINVAL, "'ci@' names no machine behind the @")),
+        (b"@", (errno.EINVAL, "'@' names no machine behind the @")),
+        (b"vtd", (errno.EINVAL, "'vtd' is a machine: '@vtd' is a private one, 'NAME@vtd' a shared one")),
+    ],
+)
+def test_names_of_machines_that_are_none(local: Local, name: bytes, answer: tuple[int, str]) -> None:
+    assert why(local, name) == answer
+    local.connect(machine=b"ci")
+    assert why(local, name) == answer
+    assert not {"", "vtx", "vtd"} & set(local.server.instances.named)
+
+
+def why(local: Local, machine: bytes) -> tuple[int, str]:
+    """errno and reason of the refusal."""
+    peer = local.connect(greet=False)
+    peer.send(hello(machine=machine))
+    data, _ = peer.receive()
+    return wire.HelloReply.unpack(data).error, data[wire.HelloReply.SIZEOF :].decode()
+
+
+def test_the_daemons_own_machines(tmp_path: Path) -> None:
+    """The first one chosen is what a client gets that asks for none."""
+    path = tmp_path / "lab.toml"
+    path.write_text('name = "lab"\n')
+    local = Local(machines=Machines([str(path), "vtd"]))
+    try:
+        kinds = [kind_of(local, local.connect(machine=name)) for name in (b"", b"ci", b"@vtd", b"@mock", b"x@lab")]
+        assert kinds == ["lab", "lab", "vtd", "mock", "lab"]
+        assert why(local, b"@x") == (errno.ENOENT, "there is no machine 'x'; there are lab, mock, vtd")
+    finally:
+        local.close()
+
+
+def test_who_keeps_a_machine_keeps_its_name(local: Local) -> None:
+    """A program under supervision shares its machine from the hello on, not from its first open() on."""
+    instances, keeper = local.server.instances, object()
+    instance = instances.join("ci@vtd")
+    instance.keep(keeper)
+    assert instances.join("ci") is instance
+    peer = local.connect(machine=b"ci")
+    assert kind_of(local, peer) == "vtd"
+    instance.let_go(keeper)
+    assert instances.join("ci") is instance
+    peer.close()
+    assert instances.join("ci") is not instance
+    assert not instances.named
 
 
 def test_requests_before_the_hello(local: Local) -> None:

@@ -10,15 +10,16 @@ import sys
 from iommufd_client.testing import Daemon
 from iommufd_uapi.iommufd_test import MOCK_FLAGS_DEVICE_PASID
 from iommufdd import cli, wiring
+from iommufdd.description import MOCK, MachineDescription
 from iommufdd.machine import Machine
 
 GROUPED = ("vfio0", "vfio1")
 _bare = wiring.new_machine
 
 
-def machine_with_devices(name: str) -> Machine:
+def machine_with_devices(name: str, description: MachineDescription = MOCK) -> Machine:
     """A machine whose devices are the selftest's."""
-    machine = _bare(name)
+    machine = _bare(name, description)
     for device in (*GROUPED, "vfio2"):
         machine.devices[device] = machine.mock.new_device(MOCK_FLAGS_DEVICE_PASID)
         machine.devices[device].name = device

@@ -164,7 +164,8 @@ class User(msgspec.Struct):
 class Instance(msgspec.Struct):
     """One machine."""
 
-    name: str
+    name: str  #: by which it is shared; "" for a private one
+    machine: str  #: the name of its description
     users: list[User]
     contexts: list[Context]
     devices: list[Device] = []

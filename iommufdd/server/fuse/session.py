@@ -83,6 +83,7 @@ class Session(Targets[Thread]):
         os.set_blocking(device, False)
         self.reactor.register(device, self, select.EPOLLIN)
         server.supervisors.add(self)
+        instance.keep(self)
         OUR_DEVICES[config.dev] += 1
 
     # ---- the keeper ----
@@ -112,6 +113,7 @@ class Session(Targets[Thread]):
         for process in list(self.processes.values()):
             self.forget_process(process)
         self.server.supervisors.discard(self)
+        self.instance.let_go(self)
         log.event(INFO, "mount-closed", uid=self.uid, why=why)
         if self.channel is not None:
             if self.report is not None:

@@ -95,6 +95,7 @@ class Supervisor(Targets[Thread]):
             raise EINVAL(f"no seccomp listener, or no page for it: {error}") from None
         self.reactor.register(listener, self, select.EPOLLIN)
         server.supervisors.add(self)
+        instance.keep(self)
 
     def _check_listener(self) -> None:
         """OSError unless this is a listener. Wakes the target on our CPU, where the kernel can (Linux 6.6)."""
@@ -124,6 +125,7 @@ class Supervisor(Targets[Thread]):
         if self.debug_folder >= 0:
             os.close(self.debug_folder)
         self.server.supervisors.discard(self)
+        self.instance.let_go(self)
         log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
         if self.report is not None and self.channel is not None:
             self._drain()

@@ -129,7 +129,8 @@ def test_show(lab: LabDaemon) -> None:
         device.bind(iommufd)
         with lab.admin() as admin:
             lines = render(admin.show()).splitlines()
-    text = "\n".join(lines[lines.index("machine lab") :])
+    start = next(at for at, line in enumerate(lines) if line.startswith("machine lab"))
+    text = "\n".join(lines[start:])
     assert "device 1 (vfio0)  1 user  held by vfio device vfio0" in text
     assert "/dev/vfio/devices/vfio0  bound as device 1 to inode " in text
     assert "/dev/vfio/devices/vfio1  not bound" in text

@@ -1,7 +1,7 @@
 """The errors a handler may raise: an errno with its reason, answered to the caller; or ProtocolError, which hangs up.
 
 `raise EINVAL("pt_id is not a nesting parent")` is the kernel's `return -EINVAL`, with a reason that the trace and the
-client can show. `Context.ioctl` is the only place that catches IommufdError.
+client can show. Only ioctl() of an open file (Context, VfioDeviceFile) turns an IommufdError into an answer.
 """
 
 import errno as _errno

@@ -24,7 +24,7 @@ class Machine:
         self.mock = mock
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
-        self.devices: dict[str, Device] = {}  # those described, by name
+        self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .channel import Batch as Batch
     from .channel import ProtocolError as ProtocolError
     from .connection import Connection as Connection
+    from .device import VfioDevice as VfioDevice
     from .files import Fd as Fd
     from .files import File as File
     from .guest import GuestMemory as GuestMemory
@@ -32,6 +33,7 @@ _HOMES = {
     "Batch": "channel",
     "ProtocolError": "channel",
     "Connection": "connection",
+    "VfioDevice": "device",
     "Fd": "files",
     "File": "files",
     "GuestMemory": "guest",

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, ov
 import trio
 
 from iommufd_uapi import wire
+from iommufd_uapi.vfio import VFIO_DEVICE_RESET
 
 from . import call as calls
-from . import ioctls, mock
+from . import ioctls, mock, vfio
 from .call import IommufdOSError
 from .channel import ANCILLARY, BUFFER, PLAINS, Batch, Packet, hello, plain_result, welcome
 from .connection import default_socket_path, received, rights
@@ -320,6 +321,10 @@ class Iommufd(Connection):
         mm = 0 if new_mm else self.mm
         return await type(self).from_identity(self.identity, self.socket_path, mm=mm, explain=self.explain)
 
+    async def device(self, name: str) -> VfioDevice:
+        """/dev/vfio/devices/NAME of this context's machine, not yet bound. ENOENT."""
+        return await VfioDevice.open(name, self.socket_path, context=self.identity, explain=self.explain)
+
     @asynccontextmanager
     async def guest_memory(
         self, size: int, name: str = "guest", *, hugetlb: bool = False
@@ -380,6 +385,42 @@ class Iommufd(Connection):
     _veventq_alloc = _awaited(ioctls.veventq_alloc)
     _create_access = _awaited(mock.create_access)
     _dmabuf_get = _awaited(mock.dmabuf_get)
+
+
+class VfioDevice(Connection):
+    """One open /dev/vfio/devices/NAME; see `iommufd_client.VfioDevice`."""
+
+    name: str
+
+    @classmethod
+    async def open(
+        cls,
+        name: str,
+        socket_path: str | None = None,
+        *,
+        machine: str = "",
+        context: HasFileno | int | None = None,
+        explain: bool = False,
+    ) -> Self:
+        """On the machine of this name, or on that of a context's identity. ENOENT, EBADFD."""
+        self = cls(socket_path or default_socket_path(), explain=explain, kind=wire.Kind.DEVICE)
+        self.name = name
+        fds = [] if context is None else [fd_number(context)]
+        await self._connect(hello(wire.Kind.DEVICE, machine=machine, device=name), fds)
+        return self
+
+    async def bind(self, iommufd: Iommufd | HasFileno | int, token: bytes | None = None) -> int:
+        """VFIO_DEVICE_BIND_IOMMUFD: the device's id in the context. EINVAL, EPERM, EBUSY, EBADF, EBADFD."""
+        return await self._bind(iommufd.identity if isinstance(iommufd, Iommufd) else iommufd, token)
+
+    async def reset(self) -> None:
+        """VFIO_DEVICE_RESET. EINVAL when not bound."""
+        await self.ioctl(VFIO_DEVICE_RESET, 0)
+
+    _bind = _awaited(vfio.bind)
+    attach = _awaited(vfio.attach)
+    detach = _awaited(vfio.detach)
+    get_info = _awaited(vfio.get_info)
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from iommufd_uapi import args, wire
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TestCmd
 from iommufd_uapi.layout import Direction, Ioctl, Layout, VfioIoctl
-from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS
+from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS, VfioDeviceBindIommufd
 
 from .memory import NO_MEMORY, OWN_MEMORY, Memory
 
@@ -243,7 +243,7 @@ class IoctlCall(Call):
         struct = self.segments[0]
         data = bytearray(struct.data)
         for offset, fd in self.fields:
-            index = wire.NONE
+            index = wire.NONE if fd < 0 else wire.CLOSED
             if is_open(fd):
                 index, base = base, base + 1
             data[offset : offset + 4] = index.to_bytes(4, "little")
@@ -331,8 +331,8 @@ def _show(cmd: int, addr: int, memory: _Readable) -> Shown:
     if len(head) < 4:
         return None, head, len(head)
     size = int.from_bytes(head, "little")
-    struct = STRUCTS.get(cmd)
-    if struct is None:  # VFIO reads its fixed part whatever argsz says
+    struct = VfioDeviceBindIommufd if cmd == VfioDeviceBindIommufd.CMD else STRUCTS.get(cmd)
+    if struct is None:  # VFIO reads its fixed part whatever argsz says, but for BIND
         data = memory.read(addr, max(min(size, ARGSZ_SHOWN), _ARGSZ.get(cmd, 4)))
         return None, data, len(data)
     data = memory.read(addr, max(min(size, SHOWN), 4))

@@ -53,7 +53,7 @@ def program(numbers: Syscalls, base: int, *, proc: bool = False, caps: bool = Fa
 
 def _lines(n: Syscalls, base: int, *, proc: bool, caps: bool) -> list[Line]:
     on_arg0 = [n.read, n.write, n.lseek, n.pread64, n.pwrite64, n.readv, n.writev, n.preadv, n.pwritev]
-    on_arg0 += [n.preadv2, n.pwritev2, n.dup]
+    on_arg0 += [n.preadv2, n.pwritev2, n.dup, n.fstat, n.newfstatat, n.statx]
     labels = [(n.open, "open"), (n.openat, "openat"), (n.ioctl, "ioctl"), (n.mmap, "mmap"), (n.fcntl, "fcntl")]
     labels += [(number, "arg0") for number in on_arg0] + [(n.openat2, "notify")]
     if caps:

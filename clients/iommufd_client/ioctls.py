@@ -12,14 +12,14 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from iommufd_uapi import iommufd as uapi
 from iommufd_uapi import iommufd_test as uapi_test
-from iommufd_uapi.layout import Ioctl, Layout
+from iommufd_uapi.layout import Ioctl, Layout, VfioIoctl
 
 from .call import IommufdOSError
 from .files import HasFileno, fd_number
 from .memory import NO_MEMORY, Buffers, Memory
 
 T = TypeVar("T")
-Step = tuple[Ioctl, Memory]
+Step = tuple[Ioctl | VfioIoctl, Memory]
 Steps = Generator[Step, int, T]
 
 U64_MAX = (1 << 64) - 1

@@ -15,6 +15,7 @@ from .guest import GuestMemory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .device import VfioDevice
     from .files import File, HasFileno
     from .ioctls import Steps
 
@@ -22,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(function: Callable[P, Steps[T]]) -> Callable[Concatenate[Connection, P], T]:
+def blocking(function: Callable[P, Steps[T]]) -> Callable[Concatenate[Connection, P], T]:
     """A method that runs the steps, one ioctl after the other."""
 
     def method(self: Connection, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -90,6 +91,12 @@ class Iommufd(Connection):
         mm = 0 if new_mm else self.mm
         return type(self).from_identity(self.identity, self.socket_path, mm=mm, explain=self.explain)
 
+    def device(self, name: str) -> VfioDevice:
+        """/dev/vfio/devices/NAME of this context's machine, not yet bound. ENOENT."""
+        from .device import VfioDevice
+
+        return VfioDevice(name, self.socket_path, context=self.identity, explain=self.explain)
+
     def guest_memory(self, size: int, name: str = "guest", *, hugetlb: bool = False) -> GuestMemory:
         """Memory that devices can reach once it is mapped."""
         memory = GuestMemory(size, name, hugetlb=hugetlb)
@@ -99,36 +106,36 @@ class Iommufd(Connection):
             memory.close()
             raise
 
-    destroy = _blocking(ioctls.destroy)
-    ioas_alloc = _blocking(ioctls.ioas_alloc)
-    ioas_map = _blocking(ioctls.ioas_map)
-    ioas_map_file = _blocking(ioctls.ioas_map_file)
-    ioas_copy = _blocking(ioctls.ioas_copy)
-    ioas_unmap = _blocking(ioctls.ioas_unmap)
-    ioas_iova_ranges = _blocking(ioctls.ioas_iova_ranges)
-    ioas_allow_iovas = _blocking(ioctls.ioas_allow_iovas)
-    ioas_change_process = _blocking(ioctls.ioas_change_process)
-    option = _blocking(ioctls.option)
-    vfio_ioas_get = _blocking(ioctls.vfio_ioas_get)
-    vfio_ioas_set = _blocking(ioctls.vfio_ioas_set)
-    vfio_ioas_clear = _blocking(ioctls.vfio_ioas_clear)
-    get_hw_info = _blocking(ioctls.get_hw_info)
-    hwpt_alloc = _blocking(ioctls.hwpt_alloc)
-    hwpt_set_dirty_tracking = _blocking(ioctls.hwpt_set_dirty_tracking)
-    hwpt_get_dirty_bitmap = _blocking(ioctls.hwpt_get_dirty_bitmap)
-    hwpt_invalidate = _blocking(ioctls.hwpt_invalidate)
-    viommu_alloc = _blocking(ioctls.viommu_alloc)
-    vdevice_alloc = _blocking(ioctls.vdevice_alloc)
-    hw_queue_alloc = _blocking(ioctls.hw_queue_alloc)
-    test = _blocking(mock.test)
-    mock_domain = _blocking(mock.mock_domain)
-    access_read = _blocking(mock.access_read)
-    access_write = _blocking(mock.access_write)
+    destroy = blocking(ioctls.destroy)
+    ioas_alloc = blocking(ioctls.ioas_alloc)
+    ioas_map = blocking(ioctls.ioas_map)
+    ioas_map_file = blocking(ioctls.ioas_map_file)
+    ioas_copy = blocking(ioctls.ioas_copy)
+    ioas_unmap = blocking(ioctls.ioas_unmap)
+    ioas_iova_ranges = blocking(ioctls.ioas_iova_ranges)
+    ioas_allow_iovas = blocking(ioctls.ioas_allow_iovas)
+    ioas_change_process = blocking(ioctls.ioas_change_process)
+    option = blocking(ioctls.option)
+    vfio_ioas_get = blocking(ioctls.vfio_ioas_get)
+    vfio_ioas_set = blocking(ioctls.vfio_ioas_set)
+    vfio_ioas_clear = blocking(ioctls.vfio_ioas_clear)
+    get_hw_info = blocking(ioctls.get_hw_info)
+    hwpt_alloc = blocking(ioctls.hwpt_alloc)
+    hwpt_set_dirty_tracking = blocking(ioctls.hwpt_set_dirty_tracking)
+    hwpt_get_dirty_bitmap = blocking(ioctls.hwpt_get_dirty_bitmap)
+    hwpt_invalidate = blocking(ioctls.hwpt_invalidate)
+    viommu_alloc = blocking(ioctls.viommu_alloc)
+    vdevice_alloc = blocking(ioctls.vdevice_alloc)
+    hw_queue_alloc = blocking(ioctls.hw_queue_alloc)
+    test = blocking(mock.test)
+    mock_domain = blocking(mock.mock_domain)
+    access_read = blocking(mock.access_read)
+    access_write = blocking(mock.access_write)
 
-    _fault_queue_alloc = _blocking(ioctls.fault_queue_alloc)
-    _veventq_alloc = _blocking(ioctls.veventq_alloc)
-    _create_access = _blocking(mock.create_access)
-    _dmabuf_get = _blocking(mock.dmabuf_get)
+    _fault_queue_alloc = blocking(ioctls.fault_queue_alloc)
+    _veventq_alloc = blocking(ioctls.veventq_alloc)
+    _create_access = blocking(mock.create_access)
+    _dmabuf_get = blocking(mock.dmabuf_get)
 
     def fault_queue_alloc(self) -> tuple[int, File]:
         """IOMMU_FAULT_QUEUE_ALLOC: its id, and the file to read page faults from and write answers to."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iommufd_uapi.admin import Channel, Context, Instance, Object, Tree
+    from iommufd_uapi.admin import Channel, Context, Device, Instance, Object, Tree
 
     Paint = Callable[[str, str], str]
 
@@ -65,7 +65,15 @@ def _draw(node: Node, lead: str = "", rest: str = "") -> Iterator[str]:
 def _instance(instance: Instance, paint: Paint) -> Node:
     name = f"machine {instance.name}@{instance.machine}" if instance.name else f"private machine @{instance.machine}"
     locked = [f"uid {user.uid}: {several(user.locked_vm, 'page')} locked" for user in instance.users if user.locked_vm]
-    return Node("  ".join([paint(name, BOLD), *locked]), [_context(context, paint) for context in instance.contexts])
+    contexts = [_context(context, paint) for context in instance.contexts]
+    devices = [_device(device, paint) for device in instance.devices]
+    return Node("  ".join([paint(name, BOLD), *locked]), [*contexts, *devices])
+
+
+def _device(device: Device, paint: Paint) -> Node:
+    bound = f"bound as device {device.devid} to inode {device.context}" if device.context else "not bound"
+    name = paint(f"/dev/vfio/devices/{device.name}", BOLD)
+    return Node(f"{name}  {bound}", [_channel(channel, paint) for channel in device.channels])
 
 
 def _context(context: Context, paint: Paint) -> Node:
@@ -126,7 +134,7 @@ def _object(obj: Object, by_id: dict[int, Object], paint: Paint) -> str:
 
 
 def _name(obj: Object) -> str:
-    return f"{obj.type.lower()} {obj.id}"
+    return f"{obj.type.lower()} {obj.id}" + (f" ({obj.name})" if obj.name else "")
 
 
 def _holder(holder: str) -> str:

@@ -106,10 +106,14 @@ class Device:
     name = ""
     max_pasids = 0  # 0: no PASID capability
     is_mock = False  # the selftest's own device: exempt from interrupt isolation
+    drvdata: object = None  # what the driver bound to it keeps (dev_set_drvdata)
 
     def resv_regions(self) -> Iterable[ResvRegion]:
         """iommu_get_resv_regions()."""
         return ()
+
+    def reset(self) -> None:
+        """A function level reset: what only the device keeps, such as its TLB, is lost."""
 
 
 class MmapRegion(Protocol):

@@ -102,7 +102,7 @@ def _credentials(server: Server, request: admin.Credentials) -> admin.Reply:
     for channel in channels:
         task = channel.caller.task
         if request.uid is not None:
-            task.user = channel.context.instance.machine.user(request.uid)
+            task.user = channel.opened.instance.machine.user(request.uid)
         if caps is not None:
             set_capabilities(task, caps)
         if request.memlock is not None:

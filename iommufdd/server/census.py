@@ -8,17 +8,19 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufd_uapi import admin
+from iommufdd.device import IommufdDevice
 from iommufdd.ioas import Ioas
 from iommufdd.objects import IommufdObject
 
 from .credentials import CAPABILITIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from iommufdd.pages import Pages
 
     from .channel import Channel
+    from .devices import OpenDevice, Opened
     from .instance import Instance, OpenContext
     from .serve import Server
 
@@ -33,6 +35,7 @@ def counts(server: Server, *, classes: bool) -> admin.Counts:
         instances=len(list(server.instances)),
         contexts=len(contexts),
         channels=len(server.channels),
+        devices=len(server.instances.devices),
         address_spaces=len(server.spaces.by_token),
         regions=sum(len(space.mm) for space in server.spaces.by_token.values()),
         objects=len(objects),
@@ -56,14 +59,23 @@ def tree(server: Server) -> admin.Tree:
 
 def _instance(server: Server, instance: Instance) -> admin.Instance:
     contexts = sorted(instance.contexts, key=lambda each: each.key)
-    users = {channel.caller.task.user for channel in _channels(server, contexts)}
+    devices = sorted(instance.devices, key=lambda each: each.name)
+    users = {channel.caller.task.user for channel in _channels(server, [*contexts, *devices])}
     users |= {pages.user for context in contexts for pages in _pages(context)}
     return admin.Instance(
         instance.machine.name,
         instance.machine.description.name,
         [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
         [_context(server, context) for context in contexts],
+        [_device(server, device) for device in devices],
     )
+
+
+def _device(server: Server, device: OpenDevice) -> admin.Device:
+    ictx = device.file.iommufd
+    inode = next((context.key[1] for context in device.instance.contexts if context.ctx is ictx), 0)
+    channels = [_channel(each) for each in _channels(server, [device])]
+    return admin.Device(device.name, inode, device.file.devid if inode else 0, channels)
 
 
 def _context(server: Server, context: OpenContext) -> admin.Context:
@@ -73,14 +85,14 @@ def _context(server: Server, context: OpenContext) -> admin.Context:
         refs=ctx.refs,
         account_mode=ctx.account_mode.name.lower(),
         channels=[_channel(each) for each in _channels(server, [context])],
-        files=sorted(str(pipe.file) for pipe in server.pipes.by_key.values() if pipe.context is context),
+        files=sorted(str(pipe.file) for pipe in server.pipes.by_key.values() if pipe.opened is context),
         pinned_pages=_pinned(context),
         objects=[_object(obj) for obj in ctx.objects],
     )
 
 
-def _channels(server: Server, contexts: list[OpenContext]) -> list[Channel]:
-    found = [channel for channel in server.channels if channel.joined and channel.context in contexts]
+def _channels(server: Server, opened: Sequence[Opened]) -> list[Channel]:
+    found = [channel for channel in server.channels if channel.joined and channel.opened in opened]
     return sorted(found, key=lambda channel: channel.fd)
 
 
@@ -110,6 +122,7 @@ def _object(obj: IommufdObject) -> admin.Object:
         holds=[held.id for held in obj.held],
         areas=len(areas),
         mapped=sum(area.length for area in areas),
+        name=obj.dev.name if isinstance(obj, IommufdDevice) else "",
     )
 
 

@@ -17,6 +17,7 @@ from iommufdd.user import Caller, FaultGate
 from . import log
 from .files import Descriptors
 from .hello import Refusal, greet
+from .instance import OpenContext
 from .memory import Scratch
 from .operations import OPERATIONS
 from .packet import TAIL, parse, reply
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .credentials import Peer
+    from .devices import Opened
     from .files import Loan, Pipe
     from .fuse.session import Session
-    from .instance import AddressSpace, OpenContext
+    from .instance import AddressSpace
     from .packet import Request
     from .seccomp.notify import Supervisor
     from .segments import Segment
@@ -48,12 +50,12 @@ FROM_CLIENT = select.EPOLLIN | select.EPOLLRDHUP
 
 
 class Channel:
-    """A connection, and from the hello on a caller on a context.
+    """A connection, and from the hello on a caller on a context or a device.
 
     A reply that cannot be sent at once is kept, and nothing more is read until it has left.
     """
 
-    context: OpenContext
+    opened: Opened
     space: AddressSpace
     files: Descriptors
     caller: Caller
@@ -69,7 +71,7 @@ class Channel:
         linger = max(int(server.reactor.linger * 1e6), 1)  # 0 would be for ever
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, linger))
         self.open = True  # the connection
-        self.joined = False  # a context
+        self.joined = False  # what is opened
         self.closing = False  # once the reply that is on its way has left
         self.supervisor: Supervisor | Session | None = None  # when the peer is a keeper
         self.memory = SegmentMemory()
@@ -97,20 +99,20 @@ class Channel:
                 if not self._turn(WAIT) or not self.server.alone:
                     break
 
-    # ---- joining a context ----
+    # ---- joining what is open ----
 
-    def join(self, context: OpenContext, space: AddressSpace) -> None:
-        """The hello is accepted."""
+    def join(self, opened: Opened, space: AddressSpace) -> None:
+        """The hello is accepted; the reference of the open file is ours."""
         server = self.server
-        self.context, self.space = context, space
+        self.opened, self.space = opened, space
         space.channels.add(self)
-        self.files = Descriptors(context, self.peer.uid, server.pipes, server.page_files)
-        task = server.task_of(self, context.instance.machine)
+        self.files = Descriptors(opened, self.peer.uid, server.pipes, server.page_files)
+        task = server.task_of(self, opened.instance.machine)
         self.caller = Caller(task, space.mm, self.memory, self.files, FaultGate())
         self.joined = True
 
     def leave(self) -> None:
-        """The context, the address space and the scratch file are this channel's no more."""
+        """The open file, the address space and the scratch file are this channel's no more."""
         if self.supervisor is not None:
             self.supervisor.detach()
         if not self.joined:
@@ -118,7 +120,7 @@ class Channel:
         self.joined = False
         self.use_scratch(None)
         try:
-            self.context.ctx.put()
+            self.opened.file.put()
         except Exception as error:
             log.bug(error, pid=self.peer.pid, uid=self.peer.uid)
         self.server.spaces.leave(self.space, self)
@@ -204,9 +206,10 @@ class Channel:
         if self.supervisor is not None:
             self._send(answer, NO_FDS, NO_PIPES)
             return
-        machine = self.context.instance.machine.name
+        machine = self.opened.instance.machine.name
         log.event(DEBUG, "channel-opened", pid=self.peer.pid, uid=self.peer.uid, machine=machine)
-        self._send(answer, [self.context.identity], NO_PIPES)
+        identity = [self.opened.identity] if isinstance(self.opened, OpenContext) else NO_FDS
+        self._send(answer, identity, NO_PIPES)
 
     def _requests(self, size: int, fds: list[int]) -> None:
         requests = parse(self.server.view[: size + TAIL].tobytes(), size, len(fds))
@@ -231,7 +234,7 @@ class Channel:
     def _run(self, requests: list[Request]) -> list[bytes]:
         """All requests of a packet, in order; the parts of the reply packet."""
         memory, caller, outgoing = self.memory, self.caller, self.files.outgoing
-        ioctl = self.context.ctx.ioctl
+        ioctl = self.opened.file.ioctl
         parts: list[bytes] = []
         sent = 0
         for op, flags, cmd, arg, segments in requests:

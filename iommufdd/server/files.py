@@ -12,14 +12,14 @@ import os
 import select
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import MAX_FDS, NONE
+from iommufd_uapi.wire import CLOSED, MAX_FDS, NONE
 from iommufdd.errors import EMFILE
 from iommufdd.user import File
 
 from . import log
 
 if TYPE_CHECKING:
-    from .instance import OpenContext
+    from .devices import Opened
     from .memory import PageFiles
     from .nofile import Nofile
 
@@ -39,10 +39,10 @@ def file_key(fd: int) -> FileKey:
 class Pipe:
     """One file handed out: the pipe behind its descriptors."""
 
-    __slots__ = ("context", "file", "key", "read_fd", "shown", "uid", "write_fd")
+    __slots__ = ("file", "key", "opened", "read_fd", "shown", "uid", "write_fd")
 
-    def __init__(self, context: OpenContext, uid: int) -> None:
-        self.context = context
+    def __init__(self, opened: Opened, uid: int) -> None:
+        self.opened = opened
         self.uid = uid
         self.file: File | None = None  # not yet published
         self.shown = False  # there is a byte in the pipe
@@ -89,11 +89,11 @@ class Pipes:
         self._by_fd: dict[int, Pipe] = {}
         self.closers = select.epoll()
 
-    def reserve(self, context: OpenContext, uid: int) -> Pipe:
+    def reserve(self, opened: Opened, uid: int) -> Pipe:
         """A pipe for a file that is still to be made; EMFILE."""
         self.nofile.charge(uid, 2)
         try:
-            return Pipe(context, uid)
+            return Pipe(opened, uid)
         except OSError:
             self.nofile.uncharge(uid, 2)
             raise EMFILE("the daemon has no descriptor left") from None
@@ -156,8 +156,8 @@ class Pipes:
 class Descriptors:
     """struct files_struct of one packet: numbers are indexes of the descriptors sent, both ways."""
 
-    def __init__(self, context: OpenContext, uid: int, pipes: Pipes, page_files: PageFiles) -> None:
-        self.context = context
+    def __init__(self, opened: Opened, uid: int, pipes: Pipes, page_files: PageFiles) -> None:
+        self.opened = opened
         self.uid = uid
         self.pipes = pipes
         self.page_files = page_files
@@ -176,7 +176,7 @@ class Descriptors:
 
     def fget(self, fd: int) -> File | None:
         """The file of an index; EMFILE when the daemon cannot keep one more."""
-        if fd in (NONE, -1):
+        if fd in (NONE, CLOSED, -1):
             return None
         if not 0 <= fd < len(self.received):
             self.missing = fd
@@ -188,7 +188,7 @@ class Descriptors:
         os_fd = self.received[fd]
         key = file_key(os_fd)
         pipe = self.pipes.by_key.get(key)
-        context = self.context.instance.instances.contexts.get(key)
+        context = self.opened.instance.instances.contexts.get(key)
         if pipe is not None and pipe.file is not None:
             file: File | None = pipe.file.get()
         elif context is not None:
@@ -201,7 +201,7 @@ class Descriptors:
 
     def get_unused_fd(self) -> int:
         self._room()
-        self.outgoing.append(self.pipes.reserve(self.context, self.uid))
+        self.outgoing.append(self.pipes.reserve(self.opened, self.uid))
         return len(self.outgoing) - 1
 
     def lend(self, fd: int) -> None:

@@ -1,18 +1,20 @@
-"""The first packet of a connection (docs/PROTOCOL.md section 2): which context, which address space."""
+"""The first packet of a connection (docs/PROTOCOL.md section 2): which context or device, which address space."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from iommufd_uapi.wire import HELLO_CONTAINER, MAGIC, MAX_REASON, VERSION, Hello, HelloReply, Kind
-from iommufdd.errors import EBADF, EINVAL, ENOENT, IommufdError, ProtocolError
+from iommufdd.errors import EBADF, EINVAL, IommufdError, ProtocolError
 
+from .devices import OpenDevice
 from .instance import OpenContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .channel import Channel
+    from .devices import Opened
 
 EPROTONOSUPPORT = 93  # no errno of the core
 
@@ -28,7 +30,7 @@ class Refusal(Exception):
 
 
 def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
-    """Join the channel to the context asked for; the reply. Refusal; ProtocolError for what is no hello."""
+    """Join the channel to what is asked for; the reply. Refusal; ProtocolError for what is no hello."""
     if len(packet) < Hello.SIZEOF:
         raise ProtocolError(f"a hello of {len(packet)} bytes")
     hello, text = Hello.unpack(packet), packet[Hello.SIZEOF :]
@@ -56,21 +58,21 @@ def greet(channel: Channel, packet: bytes, fds: Sequence[int]) -> bytes:
 def _join(channel: Channel, hello: Hello, fds: Sequence[int]) -> None:
     server, uid = channel.server, channel.peer.uid
     machine, device = _check(hello, fds)
-    if hello.kind == Kind.DEVICE:
-        raise ENOENT(f"there is no device {device!r}")
     space = server.spaces.open(hello.mm, uid)
     try:
-        channel.join(_context(channel, hello, machine, fds), space)
+        channel.join(_open(channel, hello, machine, device, fds), space)
     except IommufdError:
         server.spaces.leave(space, channel)
         raise
 
 
-def _context(channel: Channel, hello: Hello, machine: str, fds: Sequence[int]) -> OpenContext:
-    instances = channel.server.instances
+def _open(channel: Channel, hello: Hello, machine: str, device: str, fds: Sequence[int]) -> Opened:
+    """What the channel is for, with a reference for it. EBADFD, ENOENT, EMFILE."""
+    instances, uid = channel.server.instances, channel.peer.uid
     if hello.kind == Kind.IOMMUFD:
-        container = bool(hello.flags & HELLO_CONTAINER)
-        return OpenContext(instances.join(machine), channel.peer.uid, container=container)
+        return OpenContext(instances.join(machine), uid, container=bool(hello.flags & HELLO_CONTAINER))
+    if hello.kind == Kind.DEVICE:
+        return OpenDevice(instances.find(fds[0]).instance if fds else instances.join(machine), device, uid)
     context = instances.find(fds[0])
     context.ctx.get()
     return context
@@ -82,13 +84,12 @@ def _check(hello: Hello, fds: Sequence[int]) -> tuple[str, str]:
     if hello.flags & ~known or hello.reserved or hello.reserved2 or hello.kind > Kind.DEVICE:
         raise EINVAL(f"kind {hello.kind}, or a field that must be zero is not")
     machine, device = _name(hello.machine), _name(hello.device)
-    if hello.kind == Kind.CHANNEL:
-        if not fds:
-            raise EBADF("no descriptor of a context")
-        if machine or len(fds) > 1:
-            raise EINVAL("a further channel takes one descriptor and no machine")
-    elif fds:
+    if hello.kind == Kind.CHANNEL and not fds:
+        raise EBADF("no descriptor of a context")
+    if len(fds) > 1 or (fds and hello.kind == Kind.IOMMUFD):
         raise EINVAL("descriptors that mean nothing")
+    if fds and machine:
+        raise EINVAL("a context has its machine: none can be named")
     if device and hello.kind != Kind.DEVICE:
         raise EINVAL("a device name that means nothing")
     return machine, device

@@ -1,4 +1,4 @@
-"""What is open: machine instances, contexts by their identity, and the address spaces of clients."""
+"""What is open: machine instances, contexts by their identity, the address spaces of clients. devices.py: devices."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from iommufdd.machine_file import Machines
 
     from .channel import Channel
+    from .devices import OpenDevice
     from .nofile import Nofile
 
 REGISTERS_END = 1 << 40  # bytes, all of them holes
@@ -34,6 +35,7 @@ class Instance:
         self.instances = instances
         self.machine = machine
         self.contexts: set[OpenContext] = set()
+        self.devices: set[OpenDevice] = set()
         self._users: set[object] = set()
 
     def keep(self, user: object) -> None:
@@ -65,6 +67,7 @@ class OpenContext:
         """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
+        self.container = container
         instance.instances.nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -75,7 +78,7 @@ class OpenContext:
             os.ftruncate(self.identity, REGISTERS_END)
         fcntl.fcntl(self.identity, fcntl.F_ADD_SEALS, SEALED & ~fcntl.F_SEAL_WRITE if mappable else SEALED)
         self.key = file_key(self.identity)
-        self.ctx = ServedContext(instance.machine, container=container)
+        self.ctx = self.file = ServedContext(instance.machine, container=container)
         self.ctx.opened = self
         instance.contexts.add(self)
         instance.keep(self)
@@ -98,13 +101,15 @@ class Instances:
     ) -> None:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
+        self.devices: set[OpenDevice] = set()
         self.named: dict[str, Instance] = {}
         self._new_machine = new_machine
         self._machines = machines
 
     def __iter__(self) -> Iterator[Instance]:
-        """Every instance that has a context."""
-        return iter({context.instance: None for context in self.contexts.values()})
+        """Every instance on which something is open."""
+        found = {context.instance: None for context in self.contexts.values()}
+        return iter(found | {device.instance: None for device in self.devices})
 
     def join(self, name: str) -> Instance:
         """The machine instance `[INSTANCE][@MACHINE]`; a new one if INSTANCE is empty or nobody keeps it yet.

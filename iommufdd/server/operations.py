@@ -89,13 +89,13 @@ def scratch(channel: Channel, index: int, _: int, __: tuple[Segment, ...]) -> in
 
 
 def mmap(channel: Channel, _: int, __: int, segments: tuple[Segment, ...]) -> int:
-    """mmap(2) on the context: a file with the registers, and a descriptor that stands for the mapping.
+    """mmap(2) on what is open: a file with the registers, and a descriptor that stands for the mapping.
 
-    What Context.mmap() raises; EMFILE.
+    What its mmap() raises; EMFILE.
     """
     body = body_of(segments)
     files, caller = channel.files, channel.caller
-    vma = channel.context.ctx.mmap(caller, body.offset, body.length, body.prot, body.flags)
+    vma = channel.opened.file.mmap(caller, body.offset, body.length, body.prot, body.flags)
     try:
         files.lend(registers_of(vma.region, channel.server.nofile, channel.peer.uid).fd)
         try:

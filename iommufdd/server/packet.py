@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, TypeAlias
 from iommufd_uapi import args
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TestCmd
-from iommufd_uapi.layout import Direction
+from iommufd_uapi.layout import Direction, Ioctl, VfioIoctl
+from iommufd_uapi.vfio import DEVICE_IOCTLS
 from iommufd_uapi.wire import (
     CALL,
+    CLOSED,
     MAX_PACKET,
     MAX_REASON,
     MAX_REQUESTS,
@@ -46,8 +48,9 @@ BODY_SIZE = RegisterBody.SIZEOF
 TAIL = CALL.size  # bytes of anything that must lie behind a packet for parse(): it unpacks before it looks
 SEGMENT_ROOM = 24  # of the reply, for each inline segment after the second
 
+STRUCTS: tuple[type[Ioctl | VfioIoctl], ...] = (*IOCTLS, *DEVICE_IOCTLS)
 FD_COMMANDS = frozenset(
-    [TestCmd.CMD, *(ioctl.CMD for ioctl in IOCTLS if any(fd.direction is Direction.IN for fd in ioctl.FDS))]
+    [TestCmd.CMD, *(struct.CMD for struct in STRUCTS if any(fd.direction is Direction.IN for fd in struct.FDS))]
 )
 KNOWN = frozenset(Op)
 INDEXED = frozenset((Op.READ, Op.WRITE, Op.REGISTER, Op.SCRATCH))  # cmd: index of a descriptor
@@ -133,7 +136,9 @@ def _check_descriptors(cmd: int, struct: bytes | int, nfds: int) -> None:
         return
     for offset, direction in args.fds(cmd, struct):
         if direction is Direction.IN and offset + 4 <= len(struct):
-            _check_index(int.from_bytes(struct[offset : offset + 4], "little"), nfds)
+            index = int.from_bytes(struct[offset : offset + 4], "little")
+            if index != CLOSED:
+                _check_index(index, nfds)
 
 
 def _check_index(index: int, nfds: int) -> None:

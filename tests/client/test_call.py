@@ -225,12 +225,15 @@ def test_a_descriptor_becomes_an_index_and_comes_back() -> None:
     assert (cmd.fd, cmd.iova) == (fd, 0x5000)
 
 
-@pytest.mark.parametrize("fd", [-1, 0x7FFF_FFFF])
-def test_a_descriptor_that_is_not_open(fd: int) -> None:
+NOT_OPEN = [(-1, wire.NONE), (-2, wire.NONE), (4000, wire.CLOSED), (2**31 - 1, wire.CLOSED)]
+
+
+@pytest.mark.parametrize(("fd", "index"), NOT_OPEN)
+def test_a_descriptor_that_is_not_open(fd: int, index: int) -> None:
     cmd = uapi.IoasMapFile(fd=fd)
     call = calls.ioctl(cmd.CMD, cmd, Buffers())
     assert call.fds() == []
-    assert sent(call).segments[0].data[12:16] == b"\xff" * 4
+    assert sent(call).segments[0].data[12:16] == index.to_bytes(4, "little")
     call.store(0, 0, sent(call).segments[0].data, Descriptors(()))
     call.result(-9, Descriptors(()))
     assert cmd.fd == fd

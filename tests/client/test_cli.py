@@ -121,7 +121,7 @@ def test_show(iommufd: Iommufd, iommufdd_daemon: Daemon, capsys: pytest.CaptureF
     assert [line.lstrip() for line in lines[at + 2 :]] == [
         "├─ ioas 1  1 user  1 area, 8 KiB mapped",
         "│  └─ hwpt_paging 4  1 user  held by the attachment of device 3",
-        "└─ device 3  2 users  held by the attachment of device 3",
+        "└─ device 3 (iommufd_mock0)  2 users  held by the attachment of device 3",
         "└─ selftest 2  0 users",
     ]
 

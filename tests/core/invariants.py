@@ -16,6 +16,8 @@ from iommufdd.objects import Holder
 from iommufdd.pages import Account, Dmabuf, DmabufPages, FilePages, Pages
 from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import PAGE_SIZE, File
+from iommufdd.vfio.device_cdev import VfioDeviceFile
+from iommufdd.vfio.iommufd import vfio_device
 from iommufdd.viommu import HwQueue, Viommu
 
 from .snapshot import use_counts
@@ -44,6 +46,7 @@ def check(world: World) -> None:
     pages = _all_pages(world)
     for one in pages.values():
         _check_pages(one, [area for area in _areas(world) if area.pages is one])
+    _check_vfio(world)
     _check_accesses(world)
     _check_pins(world, list(pages.values()))
     _check_accounts(world, list(pages.values()))
@@ -79,6 +82,7 @@ def _holders(world: World) -> Iterator[Holder]:
                 yield from attach.devices.values()
     yield from world.vmas
     yield from world.drivers
+    yield from (vfio_device(dev) for dev in world.machine.devices.values())
     for file in {id(file): file for file in _open_files(world)}.values():
         if isinstance(file, Holder):
             yield file
@@ -257,6 +261,8 @@ def _check_files(world: World, pages: list[Pages]) -> None:
     for file in {id(file): file for file in _open_files(world)}.values():
         if isinstance(file, EventqFile | SelftestAccess):
             refs[id(file.ictx)] += 1
+        if isinstance(file, VfioDeviceFile) and file.iommufd is not None:
+            refs[id(file.iommufd)] += 1
     refs.update(id(vma.ictx) for vma in world.vmas)
     for memfd in world.memfds:
         assert memfd.refs == refs[id(memfd)] + 1, memfd.name
@@ -295,6 +301,25 @@ def _check_groups(ictx: Context) -> None:
             assert all(vdev.viommu is obj and vdev.virt_id == virt_id for virt_id, vdev in obj.vdevs.items())
 
 
+def _check_vfio(world: World) -> None:
+    """A device is bound through exactly the one open file that has access, and knows what it has attached."""
+    files = {id(file): file for file in _open_files(world) if isinstance(file, VfioDeviceFile)}.values()
+    for dev in world.machine.devices.values():
+        device = vfio_device(dev)
+        bound = [file for file in files if file.device is device and file.iommufd is not None]
+        assert device.open_count == len(bound) == (device.iommufd_device is not None)
+        if not bound:
+            assert not device.held
+            assert not device.pasids
+            assert not device.iommufd_attached
+            continue
+        idev = device.iommufd_device
+        assert idev is not None
+        assert (idev.ictx, idev.id) == (bound[0].iommufd, bound[0].devid)
+        attached = {pasid for pasid, attach in idev.igroup.pasid_attach.items() if idev.id in attach.devices}
+        assert attached == device.pasids | ({0} if device.iommufd_attached else set())
+
+
 def check_empty(world: World) -> None:
     """After every file is closed and every process gone, nothing is left."""
     for ictx in world.contexts:
@@ -310,4 +335,8 @@ def check_empty(world: World) -> None:
         assert not process.fds.files
     for user in world.machine._users.values():
         assert user.locked_vm == 0
+    for dev in world.machine.devices.values():
+        assert not vfio_device(dev).open_count
+        assert not dev.group.owner_count
+        assert not dev.group.handles
     assert not world.machine.mock._numbers  # type: ignore[attr-defined]

@@ -18,6 +18,8 @@ from iommufdd.selftest import SelftestObj
 from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import File
 from iommufdd.veventq import Veventq
+from iommufdd.vfio.device_cdev import VfioDeviceFile
+from iommufdd.vfio.iommufd import VfioDevice, vfio_device
 from iommufdd.viommu import HwQueue, Vdevice, Viommu
 
 from .world import Memfd
@@ -88,6 +90,7 @@ class _Snapshot:
             "users": {uid: user.locked_vm for uid, user in machine._users.items() if user.locked_vm},
             "temp_memory_limit": machine.temp_memory_limit,
             "mock numbers": sorted(machine.mock._numbers),  # type: ignore[attr-defined]
+            "devices": {name: self.vfio_device(vfio_device(dev)) for name, dev in machine.devices.items()},
             "vmas": [(vma.region.offset, vma.refs) for vma in self.world.vmas],
         }
         return result
@@ -198,6 +201,16 @@ class _Snapshot:
 
     # ---- groups and devices ----
 
+    def vfio_device(self, device: VfioDevice) -> State:
+        idev = device.iommufd_device
+        return {
+            "open_count": device.open_count,
+            "bound": idev and (self.world.contexts.index(idev.ictx), idev.id),
+            "attached": (device.iommufd_attached, sorted(device.pasids)),
+            "held": sorted(str(held) for held in device.held),
+            "group": self.group(device.dev.group),
+        }
+
     def igroup(self, igroup: IommufdGroup) -> State:
         return {
             "refs": igroup.refs,
@@ -264,6 +277,8 @@ class _Snapshot:
             return str(file), file.refs, file.next_id, dict(file.items)
         if isinstance(file, Dmabuf):
             return "dmabuf", file.refs, file.revoked, use_counts(file.pins)
+        if isinstance(file, VfioDeviceFile):
+            return str(file), file.refs, self.file(file.iommufd)
         if isinstance(file, EventqFile | Vma):
             return str(file), file.refs
         return file and (type(file).__name__, file.refs)

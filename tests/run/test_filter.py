@@ -45,7 +45,13 @@ def notified(code: bytes, numbers: Syscalls, nr: int, *args: int, arch: int | No
                 raise AssertionError(f"{op:#x}")
 
 
-@pytest.mark.parametrize("name", ["read", "write", "lseek", "pread64", "pwrite64", "readv", "writev", "preadv2", "dup"])
+ON_DESCRIPTORS = (
+    "read", "write", "lseek", "pread64", "pwrite64", "readv", "writev", "preadv2", "dup",
+    "fstat", "newfstatat", "statx",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_DESCRIPTORS)
 def test_calls_on_a_descriptor_count_from_the_base_on(numbers: Syscalls, name: str) -> None:
     code, nr = bpf.program(numbers, BASE), getattr(numbers, name)
     assert notified(code, numbers, nr, OURS)

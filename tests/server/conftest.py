@@ -16,6 +16,8 @@ from typing import Any, Self
 import pytest
 
 from iommufd_uapi import admin
+from iommufdd.description import MachineDescription
+from iommufdd.machine import Machine
 from iommufdd.server.listener import adopt
 from iommufdd.server.serve import Server
 from iommufdd.wiring import new_machine
@@ -148,8 +150,8 @@ def daemon(start: Start) -> Daemon:
 class Local:
     """A server in this process. `pump()` lets it handle all that is ready; nothing happens in between."""
 
-    def __init__(self, **options: Any) -> None:
-        self.server = Server(new_machine, linger=0.0, **options)
+    def __init__(self, factory: Callable[[str, MachineDescription], Machine] = new_machine, **options: Any) -> None:
+        self.server = Server(factory, linger=0.0, **options)
         self.peers: list[LocalPeer] = []
 
     def pump(self) -> None:
@@ -168,7 +170,7 @@ class Local:
         for peer in self.peers:
             peer.close()
         self.pump()
-        left = [*self.server.channels, *self.server.instances.contexts]
+        left = [*self.server.channels, *self.server.instances.contexts, *self.server.instances.devices]
         self.server.close()
         assert not left
 

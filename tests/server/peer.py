@@ -37,6 +37,7 @@ class Reply(NamedTuple):
         image = bytearray()
         for segment, offset, data in self.writes:
             if segment == 0 and isinstance(data, bytes):
+                image.extend(bytes(max(offset - len(image), 0)))
                 image[offset : offset + len(data)] = data
         return bytes(image)
 

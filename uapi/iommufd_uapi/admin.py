@@ -92,6 +92,7 @@ class Counts(Reply, tag="stats"):
     channels: int
     address_spaces: int
     regions: int  #: registered memory
+    devices: int  #: open files of VFIO devices
     objects: int
     objects_by_type: dict[str, int]
     areas: int
@@ -115,6 +116,7 @@ class Object(msgspec.Struct):
     holds: list[int]  #: ids it keeps
     areas: int = 0  #: of an IOAS
     mapped: int = 0  #: bytes of these
+    name: str = ""  #: of a device
 
 
 class Channel(msgspec.Struct):
@@ -143,6 +145,15 @@ class Context(msgspec.Struct):
     objects: list[Object]
 
 
+class Device(msgspec.Struct):
+    """One open file of a VFIO device."""
+
+    name: str
+    context: int  #: inode of the identity of the context that it is bound to; 0: not bound
+    devid: int  #: its id there
+    channels: list[Channel]
+
+
 class User(msgspec.Struct):
     """struct user_struct"""
 
@@ -157,6 +168,7 @@ class Instance(msgspec.Struct):
     machine: str  #: the name of its description
     users: list[User]
     contexts: list[Context]
+    devices: list[Device] = []
 
 
 class Tree(Reply, tag="show"):

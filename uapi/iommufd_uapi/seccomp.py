@@ -57,6 +57,9 @@ class Syscalls(NamedTuple):
     pwritev: int
     preadv2: int
     pwritev2: int
+    fstat: int
+    newfstatat: int
+    statx: int
 
 
 ARCHITECTURES = {
@@ -64,13 +67,13 @@ ARCHITECTURES = {
         audit=0xC000_003E, seccomp=317, kcmp=312, capget=125, capset=126,
         open=2, openat=257, openat2=437, ioctl=16, mmap=9, fcntl=72, dup=32,
         lseek=8, read=0, write=1, pread64=17, pwrite64=18, readv=19, writev=20, preadv=295, pwritev=296,
-        preadv2=327, pwritev2=328,
+        preadv2=327, pwritev2=328, fstat=5, newfstatat=262, statx=332,
     ),
     "aarch64": Syscalls(
         audit=0xC000_00B7, seccomp=277, kcmp=272, capget=90, capset=91,
         open=-1, openat=56, openat2=437, ioctl=29, mmap=222, fcntl=25,
         dup=23, lseek=62, read=63, write=64, pread64=67, pwrite64=68, readv=65, writev=66, preadv=69, pwritev=70,
-        preadv2=286, pwritev2=287,
+        preadv2=286, pwritev2=287, fstat=80, newfstatat=79, statx=291,
     ),
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ MAX_REASON = 240  #: bytes of a reason text
 REPLY_ROOM = 64  #: bytes of the reply packet that each request takes beside its writable bytes
 REASON_ROOM = 256  #: the same for a request with REASON, on top
 
-NONE = 0xFFFF_FFFF  #: no descriptor, no segment
+NONE = 0xFFFF_FFFF  #: no descriptor, no segment; in a struct, a negative number
+CLOSED = 0x7FFF_FFFF  #: in a struct, a number that no descriptor is open at
 
 
 class Kind(IntEnum):

@@ -7,12 +7,13 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-from iommufdd.errors import IommufdError
+from iommufdd.errors import ENOENT, IommufdError
 from iommufdd.pages import Dmabuf
+from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
 from iommufdd.user import Gate
 
-from . import caps, rw
+from . import caps, rw, status
 from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd_uapi.seccomp import Syscalls
+    from iommufdd.server.devices import Opened
     from iommufdd.server.files import Pipe
 
     from .notify import Supervisor
@@ -34,6 +36,8 @@ CONTINUE = 1 << 62  # the kernel carries the call out
 ANSWERED = 1 << 61  # nothing more is to be sent
 
 PATHS = {b"/dev/iommu": False, b"/dev/vfio/vfio": True}  # as a container?
+DEVICES = b"/dev/vfio/devices/"
+NAMES = (b"iommu", b"vfio")
 PATH_MAX = 4096
 AT_FDCWD = -100
 O_DIRECTORY = os.O_DIRECTORY
@@ -66,6 +70,7 @@ class Calls:
             numbers.capget: self.capget,
             numbers.capset: self.capset,
             **{number: self._on_file(call) for number, call in rw.table(numbers).items()},
+            **{number: self._on_status(fill) for number, fill in status.table(numbers).items()},
         }
         self.handlers.pop(-1, None)
 
@@ -87,8 +92,7 @@ class Calls:
 
     def _open(self, thread: Thread, folder: int, path_at: int, flags: int) -> int:
         path = self._path(thread, folder, path_at)
-        container = PATHS.get(path) if flags & os.O_ACCMODE == os.O_RDWR else None
-        if container is None:
+        if flags & os.O_ACCMODE != os.O_RDWR or not (path in PATHS or path.startswith(DEVICES)):
             return self._open_proc(thread, path, flags) if self.supervisor.proc else CONTINUE
         if flags & os.O_CREAT and flags & os.O_EXCL:
             return -errno.EEXIST
@@ -97,20 +101,32 @@ class Calls:
         supervisor = self.supervisor
         try:
             thread.caller.gate(Gate.MEMORY)
-            context = OpenContext(supervisor.instance, supervisor.uid, container=container, mappable=True)
+            opened = self._open_ours(path)
         except IommufdError as error:
             return -error.errno
         try:
-            installed = supervisor.watch.install(context, context.ctx, context.identity)
+            identity = opened.identity if isinstance(opened, OpenContext) else -1
+            installed = supervisor.watch.install(opened, opened.file, identity)
         except IommufdError as error:
-            context.ctx.put()
+            opened.file.put()
             return -error.errno
         installed.report = supervisor.report
         try:
-            thread.files.install_context(installed, cloexec=bool(flags & os.O_CLOEXEC))
+            thread.files.install_opened(installed, cloexec=bool(flags & os.O_CLOEXEC))
         except IommufdError as error:
             return -error.errno
         return ANSWERED
+
+    def _open_ours(self, path: bytes) -> Opened:
+        """The iommufd, the container or the device at a path. ENOENT, EMFILE."""
+        instance, uid = self.supervisor.instance, self.supervisor.uid
+        container = PATHS.get(path)
+        if container is not None:
+            return OpenContext(instance, uid, container=container, mappable=True)
+        try:
+            return OpenDevice(instance, path.removeprefix(DEVICES).decode(), uid)
+        except UnicodeDecodeError:
+            raise ENOENT("no device has such a name") from None
 
     def _open_proc(self, thread: Thread, path: bytes, flags: int) -> int:
         try:
@@ -135,7 +151,8 @@ class Calls:
         if len(path) < 64 or b"\0" not in path:
             path = thread.caller.memory.read(at, PATH_MAX)
         path = path.partition(b"\0")[0]
-        if path in PATHS or not path.endswith((b"iommu", b"vfio")):
+        name = path.rpartition(b"/")[2]
+        if path in PATHS or not (name in NAMES or name.decode(errors="replace") in self.supervisor.machine.devices):
             return path
         if not path.startswith(b"/"):
             where = "cwd" if folder == AT_FDCWD else f"fd/{folder}"
@@ -163,17 +180,17 @@ class Calls:
         cmd = args[1] & 0xFFFF_FFFF
         if found is None or cmd in GENERIC_IOCTLS:
             return CONTINUE
-        context = found.context
-        if found.file is not context.ctx or not isinstance(found, Installed):
+        opened = found.opened
+        if found.file is not opened.file or not isinstance(found, Installed):
             return -errno.ENOTTY
         if cmd == DESTROY and found.maps:
             drop_unmapped(found)
-        thread.files.context = context
+        thread.files.opened = opened
         report = self.supervisor.report
         if report is None:
-            rc = context.ctx.ioctl(thread.caller, cmd, args[2])
+            rc = opened.file.ioctl(thread.caller, cmd, args[2])
         else:
-            rc = report.ioctl(thread, context.ctx, cmd, args[2])
+            rc = report.ioctl(thread, opened.file, cmd, args[2])
         thread.caller.error = None  # it keeps the frames of the call alive
         return rc
 
@@ -181,18 +198,19 @@ class Calls:
         found = self._find(thread, _int(args[4]))
         if found is None:
             return CONTINUE
-        context = found.context
-        if found.file is not context.ctx or not isinstance(found, Installed):
+        opened = found.opened
+        if found.file is not opened.file or not isinstance(found, Installed):
             return -errno.EINVAL if isinstance(found.file, Dmabuf) else -errno.ENODEV
         _, length, prot, flags, _, offset = args
         if not length or offset % mmap.PAGESIZE:
             return -errno.EINVAL
         try:
-            vma = context.ctx.mmap(thread.caller, offset, length, prot, flags)
+            vma = opened.file.mmap(thread.caller, offset, length, prot, flags)
         except IommufdError as error:
             return -error.errno
         try:
-            show(vma.region, context.identity)
+            assert isinstance(opened, OpenContext)  # a device has nothing to map
+            show(vma.region, opened.identity)
         except OSError:
             vma.put()
             return -errno.ENOMEM
@@ -210,6 +228,16 @@ class Calls:
                 return call(thread.caller, found.file, args)
             except IommufdError as error:
                 return -error.errno
+
+        return handler
+
+    def _on_status(self, fill: status.Fill) -> Handler:
+        def handler(thread: Thread, args: list[int]) -> int:
+            found = self._find(thread, _int(args[0]))
+            if not isinstance(found, Installed) or found.file is not found.opened.file:
+                return CONTINUE
+            answer = fill(thread, found, args)
+            return CONTINUE if answer == status.NOT_OURS else answer
 
         return handler
 

@@ -26,8 +26,8 @@ from .fds import DESCRIPTORS
 from .procfile import reopened
 
 if TYPE_CHECKING:
+    from iommufdd.server.devices import Opened
     from iommufdd.server.files import FileKey, Pipe
-    from iommufdd.server.instance import OpenContext
 
     from .fds import Installed
     from .notify import Supervisor
@@ -40,7 +40,7 @@ class TargetDescriptors:
     def __init__(self, supervisor: Supervisor, thread: Thread) -> None:
         self.supervisor = supervisor
         self.thread = thread
-        self.context: OpenContext | None = None  # whose call this is
+        self.opened: Opened | None = None  # whose call this is
         self._reserved: set[int] = set()
 
     def key(self, fd: int) -> FileKey | None:
@@ -91,8 +91,8 @@ class TargetDescriptors:
 
     def get_unused_fd(self) -> int:
         fd = self.free_number()
-        assert self.context is not None
-        nofile, uid = self.supervisor.server.nofile, self.context.uid
+        assert self.opened is not None
+        nofile, uid = self.supervisor.server.nofile, self.opened.uid
         nofile.charge(uid, DESCRIPTORS)  # whether they can be had; fd_install() takes them for good
         nofile.uncharge(uid, DESCRIPTORS)
         self._reserved.add(fd)
@@ -103,15 +103,15 @@ class TargetDescriptors:
 
     def fd_install(self, fd: int, file: File) -> None:
         self._reserved.discard(fd)
-        assert self.context is not None
+        assert self.opened is not None
         if isinstance(file, EventqFile):
-            self._install_pipe(fd, file, self.context)
+            self._install_pipe(fd, file, self.opened)
         else:
-            self._install_memfd(fd, self.supervisor.watch.install(self.context, file))
+            self._install_memfd(fd, self.supervisor.watch.install(self.opened, file))
 
-    def _install_pipe(self, fd: int, file: EventqFile, context: OpenContext) -> None:
+    def _install_pipe(self, fd: int, file: EventqFile, opened: Opened) -> None:
         pipes = self.supervisor.server.pipes
-        pipe: Pipe = pipes.reserve(context, context.uid)
+        pipe: Pipe = pipes.reserve(opened, opened.uid)
         pipes.publish(pipe, file)
         try:
             self.add(fd, pipe.read_fd)
@@ -128,7 +128,7 @@ class TargetDescriptors:
         os.close(own)
         installed.check()
 
-    def install_context(self, installed: Installed, *, cloexec: bool) -> None:
+    def install_opened(self, installed: Installed, *, cloexec: bool) -> None:
         """Answer an open with a new number. EMFILE, OSError."""
         own = installed.open()
         try:

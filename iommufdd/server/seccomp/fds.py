@@ -1,8 +1,9 @@
 """What is installed in traced processes, and how the daemon learns that the last copy of it is closed.
 
-An iommufd, an access and a dma-buf are memfds opened anew: they poll as the kernel's files do, and registers can be
-mapped from an iommufd. An inotify watch tells of close() before it returns, provided that the watch is read before
-each notification is answered; as equal events are merged, it is only a hint, and a lease probe gives the answer.
+An iommufd, a device, an access and a dma-buf are memfds opened anew: they poll as the kernel's files do, and
+registers can be mapped from an iommufd. An inotify watch tells of close() before it returns, provided that the watch is
+read before each notification is answered; as equal events are merged, it is only a hint, and a lease probe gives the
+answer.
 
 An event queue is the pipe of server/files.py, which polls right and whose end shows by itself.
 """
@@ -20,9 +21,8 @@ from iommufdd.server.files import FileKey, file_key
 from .sys import IN_CLOSE, IN_Q_OVERFLOW, INOTIFY_EVENT, inotify_add_watch, inotify_init, inotify_rm_watch, unopened
 
 if TYPE_CHECKING:
-    from iommufdd.context import Context
     from iommufdd.mmap import Vma
-    from iommufdd.server.instance import OpenContext
+    from iommufdd.server.devices import Opened
     from iommufdd.server.nofile import Nofile
     from iommufdd.server.reactor import Reactor
     from iommufdd.user import File
@@ -35,10 +35,10 @@ DESCRIPTORS = 2  # that an installed memfd costs at most
 class Installed:
     """A memfd in traced processes: `file` is released when nothing has it open or mapped any more."""
 
-    def __init__(self, watch: Watch, context: OpenContext, file: File | Context, memfd: int) -> None:
+    def __init__(self, watch: Watch, opened: Opened, file: File, memfd: int) -> None:
         """`memfd` is what memfd_create() gave; only descriptions opened anew count as open. OSError."""
         self.watch = watch
-        self.context = context
+        self.opened = opened
         self.file = file
         self.maps: list[Vma] = []  # live mappings of registers
         self.report: Report | None = None  # who wants to know what is left in it
@@ -61,15 +61,15 @@ class Installed:
         inotify_rm_watch(self.watch.fd, self.wd)
         os.close(self.probe)
         self.probe = -1
-        self.watch.nofile.uncharge(self.context.uid, DESCRIPTORS)
+        self.watch.nofile.uncharge(self.opened.uid, DESCRIPTORS)
         try:
             if self.report is not None:
-                self.report.closed(self.context.ctx)
+                self.report.closed(self.file)
             for vma in self.maps:
                 vma.put()
             self.file.put()
         except Exception as error:
-            log.bug(error, uid=self.context.uid)
+            log.bug(error, uid=self.opened.uid)
 
 
 class Watch:
@@ -90,16 +90,16 @@ class Watch:
         self.pending.register(pipes, select.EPOLLIN)
         reactor.register(self.fd, self, select.EPOLLIN, first=True)
 
-    def install(self, context: OpenContext, file: File | Context, memfd: int = -1) -> Installed:
+    def install(self, opened: Opened, file: File, memfd: int = -1) -> Installed:
         """Make a file known; without a memfd of its own it gets one. EMFILE."""
-        self.nofile.charge(context.uid, DESCRIPTORS)
+        self.nofile.charge(opened.uid, DESCRIPTORS)
         made = -1
         try:
             if memfd < 0:
                 memfd = made = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            return Installed(self, context, file, memfd)
+            return Installed(self, opened, file, memfd)
         except OSError as error:
-            self.nofile.uncharge(context.uid, DESCRIPTORS)
+            self.nofile.uncharge(opened.uid, DESCRIPTORS)
             raise EMFILE(f"the daemon has no descriptor or watch left: {error.strerror}") from None
         finally:
             if made >= 0:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.files import FileKey, Pipe
-    from iommufdd.server.instance import Instance, OpenContext
+    from iommufdd.server.instance import Instance
     from iommufdd.server.serve import Server
 
     from .calls import Handler
@@ -76,7 +76,6 @@ class Supervisor(Targets[Thread]):
         self.clock = Clock()
         self.watch = server.watch()
         self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
-        self.contexts: set[OpenContext] = set()
         self._euid = os.geteuid()  # whose our memfds are
         self._received = bytearray(NOTIF.size)
         self.current = 0  # the notification in work

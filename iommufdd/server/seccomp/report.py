@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TEST_OPS, TestCmd
-from iommufd_uapi.vfio import CONTAINER_IOCTLS
+from iommufd_uapi.layout import VfioIoctl
+from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS, VFIO_DEVICE_RESET
+from iommufdd.context import Context
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd_uapi.layout import Layout
-    from iommufdd.context import Context
-    from iommufdd.user import Caller
+    from iommufdd.user import Caller, File
+    from iommufdd.vfio.device_cdev import VfioDeviceFile
 
 NAMES: dict[int, str] = {
     **{struct.CMD: struct.MACRO for struct in CONTAINER_IOCTLS},
@@ -27,6 +29,9 @@ LAYOUTS: dict[int, type[Layout]] = {
     **{struct.CMD: struct for struct in CONTAINER_IOCTLS},
     **{struct.CMD: struct for struct in IOCTLS},
 }
+# Some VFIO numbers mean another thing on a device.
+DEVICE_NAMES = NAMES | {struct.CMD: struct.MACRO for struct in DEVICE_IOCTLS} | {VFIO_DEVICE_RESET: "VFIO_DEVICE_RESET"}
+DEVICE_LAYOUTS = LAYOUTS | {struct.CMD: struct for struct in DEVICE_IOCTLS}
 DECIMAL = 4096  # numbers from here on are printed in hexadecimal
 
 
@@ -51,25 +56,28 @@ class Report:
         self._contexts = 0
         self._seconds = 0.0
 
-    def ioctl(self, thread: Calling, ctx: Context, cmd: int, arg: int) -> int:
+    def ioctl(self, thread: Calling, file: Context | VfioDeviceFile, cmd: int, arg: int) -> int:
         """Carry an ioctl out, and count it."""
-        data = thread.caller.memory.read(arg, _size(cmd))
+        device = not isinstance(file, Context)
+        data = thread.caller.memory.read(arg, _size(cmd, device=device))
         before = time.perf_counter()
-        rc = ctx.ioctl(thread.caller, cmd, arg)
+        rc = file.ioctl(thread.caller, cmd, arg)
         self._seconds += time.perf_counter() - before
-        name = name_of(cmd, data)
+        name = name_of(cmd, data, device=device)
         self._calls[name] += 1
         if rc < 0:
             self._failed[name] += 1
             if self.explain:
                 error = thread.caller.error
                 why = f"{error.name}: {error.reason}" if error is not None else _errno(-rc)
-                self.say(f"pid {thread.tid}: {name} = {why} {fields_of(cmd, data)}")
+                self.say(f"pid {thread.tid}: {name} = {why} {fields_of(cmd, data, device=device)}")
         return rc
 
-    def closed(self, ctx: Context) -> None:
-        """The last descriptor of a context is closed: what is in it now was never destroyed."""
-        left = [obj.type.name for obj in ctx.objects]
+    def closed(self, file: File) -> None:
+        """The last descriptor of a file is closed: what is in a context now was never destroyed."""
+        if not isinstance(file, Context):
+            return
+        left = [obj.type.name for obj in file.objects]
         self._left.update(left)
         self._contexts += bool(left)
 
@@ -89,31 +97,34 @@ class Report:
         )
 
 
-def _size(cmd: int) -> int:
-    layout = LAYOUTS.get(cmd)
+def _size(cmd: int, *, device: bool) -> int:
+    layout = (DEVICE_LAYOUTS if device else LAYOUTS).get(cmd)
     return TestCmd.SIZEOF if cmd == TestCmd.CMD else layout.SIZEOF if layout is not None else 0
 
 
-def name_of(cmd: int, data: bytes) -> str:
+def name_of(cmd: int, data: bytes, *, device: bool = False) -> str:
     """The macro of an ioctl, or of a test operation."""
     if cmd == TestCmd.CMD and len(data) >= 8:
         op = TEST_OPS.get(int.from_bytes(data[4:8], "little"))
         if op is not None:
             return op.name
-    return NAMES.get(cmd, f"ioctl {cmd:#x}")
+    return (DEVICE_NAMES if device else NAMES).get(cmd, f"ioctl {cmd:#x}")
 
 
-def fields_of(cmd: int, data: bytes) -> str:
+def fields_of(cmd: int, data: bytes, *, device: bool = False) -> str:
     """`{size=12, flags=0, ...}`, as far as the memory could be read."""
     if cmd == TestCmd.CMD:
         test = TestCmd.unpack(data.ljust(TestCmd.SIZEOF, b"\0"))
         op = TEST_OPS.get(test.op)
         inner = _pairs(op.union.unpack(test.u)) if op is not None else []
         return _braces([("id", test.id), *inner])
-    layout = LAYOUTS.get(cmd)
+    layout = (DEVICE_LAYOUTS if device else LAYOUTS).get(cmd)
     if layout is None:
         return ""
-    return _braces(_pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0"))))
+    pairs = _pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0")))
+    if issubclass(layout, VfioIoctl):  # callers keep to older, shorter structs
+        pairs = [(name, value) for name, value in pairs if layout.offsetof(name) < max(pairs[0][1], 4)]
+    return _braces(pairs)
 
 
 def _pairs(obj: Layout) -> list[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """read, write and lseek, in all their forms, on descriptors of ours: what the kernel's files answer.
 
 Only event queues can be read and written. They have neither a position nor ->read_iter(), so vectors are taken one
-by one, and calls with a position are refused. The iommufd is a character device: those get as far as vfs_read().
+by one, and calls with a position are refused. The iommufd and a VFIO device are character devices: those get as far
+as vfs_read().
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from iommufdd.context import Context
 from iommufdd.errors import EINVAL, IommufdError
 from iommufdd.eventq import EventqFile
+from iommufdd.vfio.device_cdev import VfioDeviceFile
 
 if TYPE_CHECKING:
     from iommufd_uapi.seccomp import Syscalls
@@ -75,7 +77,7 @@ def _positioned(caller: Caller, file: File, args: list[int]) -> int:
     """pread() and the like."""
     if _signed(args[3]) < 0:
         return -errno.EINVAL
-    return -errno.EINVAL if isinstance(file, Context) else -errno.ESPIPE
+    return -errno.EINVAL if isinstance(file, Context | VfioDeviceFile) else -errno.ESPIPE
 
 
 def _readv(caller: Caller, file: File, args: list[int]) -> int:

@@ -89,7 +89,7 @@ def test_a_killed_command_leaves_nothing(run: Run, compiled: Path) -> None:
         with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "hold") as process:
             _ready(process)
             assert admin.stats().contexts == 2  # ours, and one more: the daemon's keeper has one too
-            os.kill(_children(process.pid)[0], signal.SIGKILL)
+            os.kill(_command(process.pid), signal.SIGKILL)
             assert process.wait(PATIENCE) == 128 + signal.SIGKILL
         assert _soon(lambda: admin.stats().contexts == 1)
 
@@ -98,7 +98,7 @@ def test_a_killed_keeper_takes_the_command_along(run: Run, compiled: Path) -> No
     with Daemon() as daemon, daemon.admin() as admin:
         with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "hold") as process:
             _ready(process)
-            (command,) = _children(process.pid)
+            command = _command(process.pid)
             process.kill()
             process.wait(PATIENCE)
             assert _soon(lambda: not _runs(command))
@@ -121,6 +121,13 @@ def test_a_killed_daemon_means_enodev_and_no_more(run: Run, compiled: Path) -> N
 def _ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+
+
+def _command(run: int) -> int:
+    """CMD, of a run with a daemon at a socket: the only child of the keeper, which is the only one of the run."""
+    (keeper,) = _children(run)
+    (command,) = _children(keeper)
+    return command
 
 
 def _children(pid: int) -> list[int]:

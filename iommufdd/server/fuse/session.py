@@ -9,7 +9,7 @@ from logging import INFO
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_SUMMARY
-from iommufdd.errors import IommufdError
+from iommufdd.errors import IommufdError, ProtocolError
 from iommufdd.server import log
 from iommufdd.server.seccomp.procfile import TargetFiles
 from iommufdd.server.seccomp.procmm import Clock, StaleError
@@ -97,6 +97,10 @@ class Session(Targets[Thread]):
     def detach(self) -> None:
         """The keeper is gone; who has the file open is served until it is closed."""
         self.channel = None
+
+    def heard(self, packet: bytes, fds: list[int]) -> None:
+        """Nothing is ever asked. ProtocolError."""
+        raise ProtocolError("a keeper has nothing more to say")
 
     def close(self, why: str = "shutdown") -> None:
         if self.device < 0:

@@ -17,7 +17,7 @@ from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
 from .registers import drop_unmapped, show
-from .sys import pidfd_getfd
+from .sys import inode_of, pidfd_getfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from iommufdd.server.files import Pipe
 
     from .notify import Supervisor
-    from .target import Thread
+    from .target import Process, Thread
 
     Handler = Callable[[Thread, list[int]], int]
 
@@ -95,6 +95,7 @@ class Calls:
         if flags & O_DIRECTORY:
             return -errno.ENOTDIR
         supervisor = self.supervisor
+        thread.files.prepare_number()
         try:
             thread.caller.gate(Gate.MEMORY)
             context = OpenContext(supervisor.instance, supervisor.uid, container=container, mappable=True)
@@ -166,8 +167,10 @@ class Calls:
         context = found.context
         if found.file is not context.ctx or not isinstance(found, Installed):
             return -errno.ENOTTY
+        if thread.process.stranger:
+            thread.files.prepare(cmd, args[2])
         if cmd == DESTROY and found.maps:
-            drop_unmapped(found)
+            drop_unmapped(found, self.supervisor.files.mms)
         thread.files.context = context
         report = self.supervisor.report
         if report is None:
@@ -197,7 +200,7 @@ class Calls:
             vma.put()
             return -errno.ENOMEM
         if len(found.maps) > MANY_MAPS:
-            drop_unmapped(found)
+            drop_unmapped(found, self.supervisor.files.mms)
         found.maps.append(vma)
         return CONTINUE  # the registers lie at the same offset of the descriptor's own file
 
@@ -237,10 +240,12 @@ class Calls:
 
     def _copy(self, thread: Thread, fd: int, least: int, *, cloexec: bool) -> int:
         """A copy of one of our descriptors must get a number from the base on too."""
-        if self._find(thread, fd) is None:
+        found = self._find(thread, fd)
+        if found is None:
             return CONTINUE
+        thread.files.prepare_number(least)
         try:
-            own = pidfd_getfd(thread.process.pidfd, fd)
+            own = self._take(thread.process, fd, found)
         except OSError:
             return CONTINUE
         try:
@@ -252,3 +257,14 @@ class Calls:
         finally:
             os.close(own)
         return ANSWERED
+
+    def _take(self, process: Process, fd: int, found: Installed | Pipe) -> int:
+        """A copy of a process's descriptor, by the keeper if we may not make it. OSError, Waiting."""
+        try:
+            return pidfd_getfd(process.pidfd, fd)
+        except PermissionError:
+            own = self.supervisor.reach.file(process.tgid, fd)
+        if inode_of(f"/proc/self/fd/{own}") == found.key[:2]:
+            return own
+        os.close(own)
+        raise PermissionError

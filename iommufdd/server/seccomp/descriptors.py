@@ -61,10 +61,23 @@ class TargetDescriptors:
         if found is not None:
             return found.file
         try:
-            own = reopened(self.thread.folder, fd, cautious=self.supervisor.files.cautious)
+            own = self._own(fd)
         except OSError:
             return OtherFile()
         return self.supervisor.files.opened(own)
+
+    def _own(self, fd: int) -> int:
+        """A descriptor of our own on the file behind a number. OSError."""
+        return reopened(self.thread.folder, fd, cautious=self.supervisor.files.cautious)
+
+    def prepare(self, cmd: int, arg: int) -> None:
+        """All that an ioctl will want to know of descriptors can be found out when it does."""
+
+    def prepare_number(self, least: int = 0) -> None:
+        """And so can a free number."""
+
+    def close(self) -> None:
+        """The task is forgotten."""
 
     # ---- new numbers ----
 

@@ -23,6 +23,7 @@ PROCMAP_ASK = struct.Struct("<QQQ")  # its input: size, flags, address
 AT_FDCWD = -100
 AT_STATX_DONT_SYNC = 0x4000
 STATX_INO = 0x100
+PROC_SUPER_MAGIC = 0x9FA0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -59,6 +60,13 @@ def device_of(path: str, dir_fd: int = AT_FDCWD) -> int:
     found = (ctypes.c_uint32 * 64)()
     _check(_libc.statx(dir_fd, path.encode(), AT_STATX_DONT_SYNC, 0, found))
     return os.makedev(found[34], found[35])
+
+
+def on_procfs(fd: int) -> bool:
+    """Whether a file is on a /proc, whichever: each mount of it has a st_dev of its own. OSError."""
+    found = (ctypes.c_long * 32)()  # struct statfs: f_type comes first
+    _check(_libc.fstatfs(fd, found))
+    return found[0] == PROC_SUPER_MAGIC
 
 
 def inotify_init() -> int:

@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from iommufd_uapi.seccomp import REACH_ANSWER, REACH_ASK, REACH_FDINFO, REACH_FILE, REACH_MM, REACH_NUMBER
+from iommufd_uapi.seccomp import REACH_ANSWER, REACH_ASK, REACH_CWD, REACH_FDINFO, REACH_FILE, REACH_MM, REACH_NUMBER
 
 if TYPE_CHECKING:
     from iommufd_uapi.seccomp import Syscalls
@@ -67,6 +67,8 @@ def _open(what: int, pid: int, number: int, others: list[int], numbers: Syscalls
         return Given(fds=(_opened(f"{folder}/fdinfo/{number}", os.O_RDONLY),))
     if what == REACH_FILE:
         return Given(fds=(_copy(pid, number),))
+    if what == REACH_CWD:
+        return Given(fds=(_opened(f"{folder}/cwd", os.O_PATH),))
     if what == REACH_NUMBER:
         taken = set(map(int, os.listdir(f"{folder}/fd")))
         return Given(next(fd for fd in range(number, number + len(taken) + 1) if fd not in taken))

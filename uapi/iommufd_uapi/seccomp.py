@@ -31,7 +31,7 @@ NOTIF_ADDFD = struct.Struct("<QIIII")  #: struct seccomp_notif_addfd: id, flags,
 # What a daemon asks its keeper for (docs/PROTOCOL.md section 7), where it may not open it itself.
 REACH_ASK = struct.Struct("<4xIII")  #: struct iofd_reach: zero, as no line of text begins; what, pid, number
 REACH_ANSWER = struct.Struct("<iI")  #: struct iofd_reach_reply: errno, value
-REACH_MM, REACH_FDINFO, REACH_FILE, REACH_NUMBER = 1, 2, 3, 4  #: iofd_reach.what
+REACH_MM, REACH_FDINFO, REACH_FILE, REACH_NUMBER, REACH_CWD = 1, 2, 3, 4, 5  #: iofd_reach.what
 REACH_PIDS = 4096  #: pids after a REACH_MM at most
 
 NOTIF_PAGE = 4096  #: bytes of the file that shows the id of the notification in work, so that the keeper can answer it

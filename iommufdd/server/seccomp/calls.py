@@ -17,7 +17,7 @@ from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
 from .registers import drop_unmapped, show
-from .sys import inode_of, pidfd_getfd
+from .sys import AT_FDCWD, inode_of, pidfd_getfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,6 @@ ANSWERED = 1 << 61  # nothing more is to be sent
 
 PATHS = {b"/dev/iommu": False, b"/dev/vfio/vfio": True}  # as a container?
 PATH_MAX = 4096
-AT_FDCWD = -100
 O_DIRECTORY = os.O_DIRECTORY
 F_DUPFD_CLOEXEC = 1030
 GENERIC_IOCTLS = {0x5450, 0x5451, 0x5421, 0x5452, 0x5460}  # FIONCLEX, FIOCLEX, FIONBIO, FIOASYNC, FIOQSIZE
@@ -139,9 +138,8 @@ class Calls:
         if path in PATHS or not path.endswith((b"iommu", b"vfio")):
             return path
         if not path.startswith(b"/"):
-            where = "cwd" if folder == AT_FDCWD else f"fd/{folder}"
             try:
-                path = os.readlink(f"/proc/{thread.tid}/{where}").encode() + b"/" + path
+                path = thread.files.place(folder).encode() + b"/" + path
             except OSError:
                 return path
         return b"/" + os.path.normpath(path).lstrip(b"/")

@@ -19,7 +19,16 @@ import stat
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from iommufd_uapi.seccomp import REACH_ANSWER, REACH_ASK, REACH_FDINFO, REACH_FILE, REACH_MM, REACH_NUMBER, REACH_PIDS
+from iommufd_uapi.seccomp import (
+    REACH_ANSWER,
+    REACH_ASK,
+    REACH_CWD,
+    REACH_FDINFO,
+    REACH_FILE,
+    REACH_MM,
+    REACH_NUMBER,
+    REACH_PIDS,
+)
 from iommufdd.errors import ProtocolError
 
 from .sys import on_procfs
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
 
 FDINFO = re.compile(rb"^mnt_id:\s*(\d+)\nino:\s*(\d+)$", re.MULTILINE)
 KNOWN = {errno.ENOENT, errno.ESRCH, errno.EBADF, errno.EPERM, errno.EACCES}  # all that a keeper may say
-WANTED = {REACH_MM: 2, REACH_FDINFO: 1, REACH_FILE: 1, REACH_NUMBER: 0}  # descriptors
+WANTED = {REACH_MM: 2, REACH_FDINFO: 1, REACH_FILE: 1, REACH_NUMBER: 0, REACH_CWD: 1}  # descriptors
 
 
 class Ask(NamedTuple):
@@ -81,6 +90,10 @@ class Reach:
     def file(self, pid: int, fd: int) -> int:
         """A copy of a process's descriptor. OSError, Waiting."""
         return os.dup(self._ask(Ask(REACH_FILE, pid, fd)).fds[0])
+
+    def cwd(self, tid: int) -> int:
+        """/proc/TID/cwd, by O_PATH. OSError, Waiting."""
+        return os.dup(self._ask(Ask(REACH_CWD, tid)).fds[0])
 
     def free_number(self, tid: int, least: int) -> int:
         """The lowest number from `least` on that is not open. OSError, Waiting."""

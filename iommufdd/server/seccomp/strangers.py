@@ -16,6 +16,7 @@ from iommufdd.server.memory import OtherFile
 
 from .descriptors import TargetDescriptors
 from .reach import Waiting
+from .sys import AT_FDCWD
 
 if TYPE_CHECKING:
     from iommufdd.server.files import FileKey
@@ -107,6 +108,15 @@ class StrangersDescriptors(TargetDescriptors):
 
     def _own(self, fd: int) -> int:
         return self.supervisor.reach.file(self.thread.process.tgid, fd)
+
+    def place(self, folder: int) -> str:
+        """As of any task. Waiting."""
+        reach = self.supervisor.reach
+        own = reach.cwd(self.thread.tid) if folder == AT_FDCWD else self._own(folder)
+        try:
+            return os.readlink(f"/proc/self/fd/{own}")
+        finally:
+            os.close(own)
 
     def free_number(self, least: int = 0, *, lowest: bool = False) -> int:
         """The lowest free number from the base (or `least`) on; the lowest of all if none is. EMFILE, Waiting."""

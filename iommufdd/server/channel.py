@@ -94,7 +94,7 @@ class Channel:
                 if not self._turn():
                     break
                 self.server.pipes.ready(0)
-        elif self._turn() and self.server.alone and not self.server.reactor.spin:
+        elif self._turn() and self.joined and self.server.alone and not self.server.reactor.spin:
             # Nobody else to look after, and epoll costs as much as a receive: wait here, for a while.
             for _ in range(PACKETS_ALONE):
                 if not self._turn(WAIT) or not self.server.alone:

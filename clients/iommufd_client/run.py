@@ -62,6 +62,7 @@ def run(options: Options) -> int:
         os.close(stays)
         _be_keeper(options, numbers, tell, parent)
     os.close(tell)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the keeper has what there was, and CMD gets it
     return wait_for_keeper(keeper, stays)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iommufd_uapi.admin import Channel, Context, Instance, Object, Tree
+    from iommufd_uapi.admin import Channel, Context, Instance, Object, Process, Tree
 
     Paint = Callable[[str, str], str]
 
@@ -65,7 +65,17 @@ def _draw(node: Node, lead: str = "", rest: str = "") -> Iterator[str]:
 def _instance(instance: Instance, paint: Paint) -> Node:
     name = f"machine {instance.name}" if instance.name else "private machine"
     locked = [f"uid {user.uid}: {several(user.locked_vm, 'page')} locked" for user in instance.users if user.locked_vm]
-    return Node("  ".join([paint(name, BOLD), *locked]), [_context(context, paint) for context in instance.contexts])
+    below = [_process(process, paint) for process in instance.processes]
+    return Node(
+        "  ".join([paint(name, BOLD), *locked]), below + [_context(context, paint) for context in instance.contexts]
+    )
+
+
+def _process(process: Process, paint: Paint) -> Node:
+    facts = [paint("process", GREEN), f"pid {process.pid} ({_command(process.pid)})"]
+    if process.contexts:
+        facts.append(f"has inode {', '.join(map(str, process.contexts))}")
+    return Node("  ".join(facts))
 
 
 def _context(context: Context, paint: Paint) -> Node:

@@ -62,7 +62,14 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
         instance.machine.name,
         [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
         [_context(server, context) for context in contexts],
+        sorted(_processes(server, instance), key=lambda process: process.pid),
     )
+
+
+def _processes(server: Server, instance: Instance) -> Iterator[admin.Process]:
+    for supervisor in server.supervisors:
+        for process in supervisor.processes.values() if supervisor.instance is instance else ():
+            yield admin.Process(process.tgid, sorted(context.key[1] for context in supervisor.held(process)))
 
 
 def _context(server: Server, context: OpenContext) -> admin.Context:

@@ -150,12 +150,20 @@ class User(msgspec.Struct):
     locked_vm: int  #: pages
 
 
+class Process(msgspec.Struct):
+    """One that `run` or `mount` serves, once it has called."""
+
+    pid: int
+    contexts: list[int]  #: inodes of those it has open, as far as its descriptors may be looked at
+
+
 class Instance(msgspec.Struct):
     """One machine."""
 
     name: str
     users: list[User]
     contexts: list[Context]
+    processes: list[Process] = []
 
 
 class Tree(Reply, tag="show"):

@@ -32,6 +32,7 @@ from .procfile import TargetFiles
 from .procmm import Clock, StaleError
 from .reach import Answer, Ask, Reach, Waiting
 from .report import Report
+from .sys import inodes_of
 from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
@@ -352,6 +353,11 @@ class Supervisor(Targets[Thread]):
             return found
         pipe = self.server.pipes.by_key.get(key)
         return pipe if pipe is not None and pipe.file is not None else None
+
+    def held(self, process: Process) -> set[OpenContext]:
+        """The contexts of which a process has a descriptor; none if that may not be looked at."""
+        found = {self.find((*inode, self._euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
+        return {each.context for each in found if each is not None}
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return (*inode, self._euid) in self.watch.by_key

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 
 from iommufd_uapi.seccomp import native
 
@@ -53,6 +54,19 @@ def inode_of(path: str, dir_fd: int = AT_FDCWD) -> tuple[int, int]:
     found = (ctypes.c_uint32 * 64)()  # struct statx
     _check(_libc.statx(dir_fd, path.encode(), AT_STATX_DONT_SYNC, STATX_INO, found))
     return os.makedev(found[34], found[35]), found[8] | found[9] << 32
+
+
+def inodes_of(folder: str) -> Iterator[tuple[int, int]]:
+    """Those of a /proc/PID/fd, as far as it may be looked at."""
+    try:
+        numbers = os.listdir(folder)
+    except OSError:
+        return
+    for number in numbers:
+        try:
+            yield inode_of(f"{folder}/{number}")
+        except OSError:
+            continue
 
 
 def device_of(path: str, dir_fd: int = AT_FDCWD) -> int:

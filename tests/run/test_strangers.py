@@ -92,6 +92,7 @@ def test_a_stranger_gives_the_answers_of_a_real_kernel(run: Run, compiled: Path,
 
 
 def test_a_stranger_keeps_nothing(run: Run, compiled: Path, stranger: Daemon) -> None:
+    run("--socket-path", stranger.socket_path, "--", compiled / "behave", "queue")  # what the first one needs, stays
     with stranger.admin() as admin:
         before = admin.stats(classes=True)
         for habit in ("threads", "execs", "dups", "rights", "raw", "memory"):
@@ -232,15 +233,17 @@ class Waits:
 
     def __init__(self) -> None:
         self.alive = True
+        self.keeper = os.getpid()
 
     def valid(self) -> bool:
         return self.alive
 
 
-def taken(ask: Ask, fds: list[int], *, alive: bool = True, value: int = 0) -> str:
+def taken(ask: Ask, fds: list[int], *, alive: bool = True, value: int = 0, keeper: int = 0) -> str:
     """What comes of an answer with these descriptors."""
     supervisor = Waits()
     supervisor.alive = alive
+    supervisor.keeper = keeper or os.getpid()
     reach = Reach(supervisor)  # type: ignore[arg-type]
     reach.willing = True
     with pytest.raises(Waiting):
@@ -288,6 +291,27 @@ def test_a_file_that_only_has_the_name_is_not_taken(child: int, tmp_path: Path) 
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     assert taken(ask, opened(child, (str(fifo), os.O_RDWR))) == "EACCES"
+
+
+def test_another_mount_of_proc_is_as_good(child: int) -> None:
+    """It has a st_dev of its own: a daemon in a service's sandbox sees another than the keeper."""
+    if os.geteuid():
+        pytest.skip("only root can mount a second /proc of its own pid namespace")
+    unshare = [shutil.which("unshare") or "unshare", "--mount"]
+    hold = "mount -t proc proc /proc && echo ready && cat"
+    with subprocess.Popen(
+        [*unshare, "sh", "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as elsewhere:
+        assert elsewhere.stdout is not None
+        if elsewhere.stdout.readline() != "ready\n":
+            pytest.skip("no /proc can be mounted here")
+        root = f"/proc/{elsewhere.pid}/root/proc/{child}"
+        assert os.stat(root).st_dev != os.stat("/proc").st_dev
+        ask = Ask(seccomp.REACH_MM, child)
+        files = ((f"{root}/mem", os.O_RDWR), (f"{root}/maps", os.O_RDONLY))
+        assert taken(ask, opened(child, *files)) == "EACCES"  # we do not see that mount
+        assert taken(ask, opened(child, *files), keeper=elsewhere.pid) == "taken"
+        elsewhere.communicate("")
 
 
 def test_a_shared_mm_is_one_that_was_offered(child: int) -> None:

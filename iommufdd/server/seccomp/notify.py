@@ -73,6 +73,7 @@ class Supervisor(Targets[Thread]):
         self.instance = instance
         self.machine = instance.machine
         self.uid = peer.uid
+        self.keeper = peer.pid
         self.origin = origin_of(peer)
         self.base = base
         self.virtual = virtual

@@ -139,12 +139,16 @@ class Reach:
         if len(fds) != WANTED[ask.what] or not self.supervisor.valid():
             return False
         if ask.what == REACH_MM:
-            mem, maps = fds
-            folder = f"/proc/{ask.pid}"
-            return _is_of_proc(mem, f"{folder}/mem", os.O_RDWR) and _is_of_proc(maps, f"{folder}/maps", os.O_RDONLY)
-        if ask.what == REACH_FDINFO:
-            return _is_of_proc(fds[0], f"/proc/{ask.pid}/fdinfo/{ask.number}", os.O_RDONLY)
-        return True  # a descriptor of theirs, as any client may send; or a number
+            parts = [("mem", os.O_RDWR), ("maps", os.O_RDONLY)]
+        elif ask.what == REACH_FDINFO:
+            parts = [(f"fdinfo/{ask.number}", os.O_RDONLY)]
+        else:
+            return True  # a descriptor of theirs, as any client may send; or a number
+        keeper = self.supervisor.keeper
+        return all(
+            _is_of_proc(fd, f"/proc/{ask.pid}/{name}", access, keeper)
+            for fd, (name, access) in zip(fds, parts, strict=True)
+        )
 
     def clear(self) -> None:
         """The notification is answered."""
@@ -181,11 +185,11 @@ def _mount_and_device(fd: int) -> tuple[int, int]:
     return int(found[1]) if found is not None else -1, os.fstat(fd).st_dev
 
 
-def _is_of_proc(fd: int, path: str, access: int) -> bool:
+def _is_of_proc(fd: int, path: str, access: int, keeper: int) -> bool:
     """Whether a descriptor is that file of a /proc. Another could make us wait, or die."""
     try:
         return (
-            on_procfs(fd)
+            on_procfs(fd, keeper)
             and os.readlink(f"/proc/self/fd/{fd}") == path
             and stat.S_ISREG(os.fstat(fd).st_mode)
             and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == access

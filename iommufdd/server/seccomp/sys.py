@@ -24,7 +24,7 @@ PROCMAP_ASK = struct.Struct("<QQQ")  # its input: size, flags, address
 AT_FDCWD = -100
 AT_STATX_DONT_SYNC = 0x4000
 STATX_INO = 0x100
-PROC_SUPER_MAGIC = 0x9FA0
+AT_EMPTY_PATH = 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -76,11 +76,19 @@ def device_of(path: str, dir_fd: int = AT_FDCWD) -> int:
     return os.makedev(found[34], found[35])
 
 
-def on_procfs(fd: int) -> bool:
-    """Whether a file is on a /proc, whichever: each mount of it has a st_dev of its own. OSError."""
-    found = (ctypes.c_long * 32)()  # struct statfs: f_type comes first
-    _check(_libc.fstatfs(fd, found))
-    return found[0] == PROC_SUPER_MAGIC
+def on_procfs(fd: int, mounter: int) -> bool:
+    """Whether a file is on a /proc: ours, or one that a process sees mounted, each of which has a st_dev. OSError.
+
+    fstat() and fstatfs() of a file that is on none could make us wait for whoever serves it.
+    """
+    found = (ctypes.c_uint32 * 64)()
+    _check(_libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, found))
+    if os.makedev(found[34], found[35]) == os.stat("/proc").st_dev:
+        return True
+    device = b"%d:%d" % (found[34], found[35])
+    with open(f"/proc/{mounter}/mountinfo", "rb") as file:
+        mounts = [line.partition(b" - ") for line in file]
+    return any(place.split()[2] == device and kind.split()[0] == b"proc" for place, _, kind in mounts)
 
 
 def inotify_init() -> int:

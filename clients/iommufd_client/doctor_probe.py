@@ -94,6 +94,28 @@ def wake_up(numbers: seccomp.Syscalls) -> None:
 
 def reach() -> int:
     """The outcome of opening a process's memory from its sibling: what the daemon of `run` is to CMD."""
+    return _of_a_process(lambda target: outcome(lambda: _open_memory(target)))
+
+
+def reach_below() -> int:
+    """The same from its parent: what the keeper of `run` is to CMD, who opens it for the daemon."""
+
+    def trial(target: int) -> int:
+        try:
+            _open_memory(target)
+        except OSError as error:
+            return error.errno or OTHER
+        return 0
+
+    return _of_a_process(trial)
+
+
+def _open_memory(pid: int) -> None:
+    os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+
+
+def _of_a_process(trial: Callable[[int], int]) -> int:
+    """Try something with a child of ours."""
     waits, lives = os.pipe()
 
     def wait() -> None:
@@ -110,7 +132,7 @@ def reach() -> int:
             os._exit(0)
     os.close(waits)
     try:
-        return outcome(lambda: os.close(os.open(f"/proc/{target}/mem", os.O_RDWR | os.O_CLOEXEC)))
+        return trial(target)
     finally:
         os.close(lives)
         os.waitpid(target, 0)

@@ -83,17 +83,18 @@ def _ignore(_result: object) -> None:
 
 
 def reach() -> Iterator[Finding]:
-    """The daemon of `run` is CMD's sibling, not its ancestor: Yama's scope 1 keeps it out unless it is root's."""
+    """The daemon of `run` is CMD's sibling, whom Yama's scope 1 keeps out; its keeper is the ancestor, who may."""
     topic, number = "run: ptrace", probe.reach()
     scope = read_text(YAMA)
     if not number:
         known = "" if scope in (None, "0") else f", though kernel.yama.ptrace_scope is {scope}"
         yield Finding(topic, OK, f"the daemon may look into CMD's memory{known}")
-    elif scope in ("1", "2"):
-        seen = f"kernel.yama.ptrace_scope is {scope}: the daemon may not look into CMD's memory"
-        ways = [f"a daemon of root: {ROOT_DAEMON}"]
-        if scope == "1":
-            ways.insert(0, "sysctl kernel.yama.ptrace_scope=0")
+    elif not probe.reach_below():
+        why = f" (kernel.yama.ptrace_scope is {scope})" if scope not in (None, "0") else ""
+        yield Finding(topic, OK, f"run opens CMD's memory for the daemon, which may not{why}")
+    elif scope == "2":
+        seen = "kernel.yama.ptrace_scope is 2: only who has CAP_SYS_PTRACE may look into CMD's memory"
+        ways = ["sysctl kernel.yama.ptrace_scope=1", f"a daemon of root: {ROOT_DAEMON}"]
         if not probe.outcome(probe.reach_in_user_namespace):
             ways.append("unshare -r iommufdctl run -- CMD")
         yield Finding(topic, FAIL, seen, "; or ".join(ways))

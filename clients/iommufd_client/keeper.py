@@ -1,8 +1,12 @@
 """Room client: what `iommufdctl run` does while CMD runs.
 
-It waits for CMD, passes signals on, prints what the daemon says. When the daemon dies the keeper answers in its
-place: ENODEV for what is /dev/iommu's, and everything else goes on as if nobody listened. When CMD has ended before
-its children, a copy of the keeper stays in the background until the last of them is gone.
+It waits for CMD, passes signals on, prints what the daemon says, and opens for it what it may not (reach.py). When the
+daemon dies the keeper answers in its place: ENODEV for what is /dev/iommu's, and everything else goes on as if nobody
+listened.
+
+The keeper is a child of the process that was started, which only waits: when CMD has ended before its children, that
+one ends, and the keeper stays in the background until the last of them is gone. It is their subreaper, so that it is
+the ancestor of all of them to the end.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import sys
 
 from iommufd_uapi import seccomp
 
-SIGINFO = struct.Struct("<Iii116x")  # struct signalfd_siginfo: signo, errno, code
+SIGINFO = struct.Struct("<IiiI112x")  # struct signalfd_siginfo: signo, errno, code, pid
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
 FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 LONGEST = 65_536
@@ -28,6 +32,7 @@ OURS = "/memfd:iommufd"  # what /proc/PID/fd/N of the daemon's descriptors says
 PATHS = (b"/dev/iommu", b"/dev/vfio/vfio")
 PATIENCE = 30.0  # seconds for the daemon to say its last words
 EMPTY = bytes(seccomp.NOTIF.size)
+PR_SET_PDEATHSIG = 1
 
 
 HELLO_REPLY = struct.Struct("<IHHI36x")  # struct iofd_hello_reply: magic, version, kind, error
@@ -58,9 +63,11 @@ class Keeper:
         child: int,
         numbers: seccomp.Syscalls,
         *,
+        front: int,
         welcome: bool,
     ) -> None:
-        """`welcome`: the reply to the hello is still to come."""
+        """`front`: a pipe to wait_for_keeper(). `welcome`: the reply to the hello is still to come."""
+        self.front = front
         self.welcome = welcome
         self.connection = connection
         self.listener = listener
@@ -68,34 +75,46 @@ class Keeper:
         self.child = child
         self.numbers = numbers
         self.daemon_lives = True
+        self._status: int | None = None  # of CMD
+        self._signals = -1
         self._poll = select.poll()
 
     def run(self, *, last_words: bool) -> int:
         """Until CMD has ended (and, for its last words, the daemon); CMD's exit status."""
-        exited, signals = os.pidfd_open(self.child), _signalfd()
-        poll = self._poll
-        for fd in (exited, signals, self.connection.fileno()):
-            poll.register(fd, select.POLLIN)
-        while True:
-            ready = dict(poll.poll())
-            if signals in ready:
-                self._forward(os.read(signals, SIGINFO.size))
-            if self.connection.fileno() in ready:
-                self._listen()
-            if self.listener in ready:
-                self.answer(ready[self.listener])
-            if exited in ready:
-                break
-        status = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
-        poll.unregister(exited)
-        poll.unregister(signals)
-        self._outlive(last_words=last_words)
-        return status if status >= 0 else 128 - status
+        self._signals = _signalfd(FORWARDED | {signal.SIGCHLD})
+        for fd in (self._signals, self.connection.fileno()):
+            self._poll.register(fd, select.POLLIN)
+        self._reap()
+        while self._status is None:
+            self._turn()
+        self._outlive(self._status, last_words=last_words)
+        return self._status
 
-    def _forward(self, data: bytes) -> None:
-        number, _, code = SIGINFO.unpack(data)
-        if code != SI_KERNEL:  # else CMD has it already
+    def _turn(self) -> None:
+        """Whatever comes next."""
+        ready = dict(self._poll.poll())
+        if self._signals in ready:
+            self._signal(os.read(self._signals, SIGINFO.size))
+        if self.connection.fileno() in ready:
+            self._listen()
+        if self.listener in ready:
+            self.answer(ready[self.listener])
+
+    def _signal(self, data: bytes) -> None:
+        number, _, _, sender = SIGINFO.unpack(data)
+        if number == signal.SIGCHLD:
+            self._reap()
+        elif sender == os.getppid() and self._status is None:  # it passes on what is not CMD's already
             os.kill(self.child, number)
+
+    def _reap(self) -> None:
+        """CMD, what it has left behind, and a private daemon."""
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self.child:
+                    self._status = shell_status(ended[1])
+        except ChildProcessError:
+            pass
 
     def _listen(self) -> None:
         """What the daemon says, or that it is gone."""
@@ -109,6 +128,8 @@ class Keeper:
                 check_welcome(text)
             except RunError as error:
                 sys.stderr.write(f"iommufdctl: {error}\n")
+        elif text.startswith(b"\0"):
+            self._hand_over(text)
         elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()
@@ -117,27 +138,31 @@ class Keeper:
             self._poll.unregister(self.connection.fileno())
             self._take_over()
 
+    def _hand_over(self, packet: bytes) -> None:
+        from .reach import hand_over
+
+        try:
+            hand_over(self.connection, packet, self.numbers)
+        except OSError:
+            pass  # which the next recv() will tell
+
     # ---- after CMD ----
 
-    def _outlive(self, *, last_words: bool) -> None:
-        """If other processes are left: a copy of us stays for them, without a terminal or standard files."""
+    def _outlive(self, status: int, *, last_words: bool) -> None:
+        """If other processes are left: stay for them, without a terminal or standard files."""
         if not self._processes_left():
             if last_words:
                 self._last_words()
             return
-        if os.fork():
-            return
+        die_with_parent(0)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for fd in range(3):
             os.dup2(null, fd)
+        os.write(self.front, status.to_bytes(4, "little"))
+        os.close(self.front)
         while self.daemon_lives or self._processes_left():
-            for fd, mask in self._poll.poll():
-                if fd == self.listener:
-                    self.answer(mask)
-                else:
-                    self._listen()
-        os._exit(0)
+            self._turn()
 
     def _processes_left(self) -> bool:
         poll = select.poll()
@@ -199,10 +224,41 @@ class Keeper:
             pass  # answered already, or killed
 
 
-def _signalfd() -> int:
-    """A descriptor that tells of the signals that are passed on; they are blocked otherwise."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    mask = sum(1 << number - 1 for number in FORWARDED)
+def wait_for_keeper(keeper: int, stays: int) -> int:
+    """What the process that was started does: CMD's exit status, once CMD has ended.
+
+    `stays` is a pipe: the keeper tells the status if it stays itself.
+    """
+    signals = _signalfd(FORWARDED)
+    poll = select.poll()
+    for fd in (signals, stays):
+        poll.register(fd, select.POLLIN)
+    while True:
+        ready = dict(poll.poll())
+        if signals in ready:
+            number, _, code, _ = SIGINFO.unpack(os.read(signals, SIGINFO.size))
+            if code != SI_KERNEL:  # else CMD has it already
+                os.kill(keeper, number)
+        if stays in ready:
+            told = os.read(stays, 4)
+            return int.from_bytes(told, "little") if told else shell_status(os.waitpid(keeper, 0)[1])
+
+
+def shell_status(status: int) -> int:
+    """As a shell tells it: 128+N for signal N."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def die_with_parent(number: int) -> None:
+    """PR_SET_PDEATHSIG; 0 ends it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def _signalfd(numbers: set[signal.Signals]) -> int:
+    """A descriptor that tells of signals; they are blocked otherwise."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    mask = sum(1 << number - 1 for number in numbers)
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.signalfd(-1, ctypes.byref((ctypes.c_ulong * 16)(mask)), os.O_CLOEXEC)
     if fd < 0:

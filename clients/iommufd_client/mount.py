@@ -16,7 +16,7 @@ import threading
 from typing import NamedTuple
 
 from . import namespace, run
-from .keeper import FORWARDED, PATIENCE, SI_KERNEL, RunError, check_welcome
+from .keeper import FORWARDED, PATIENCE, SI_KERNEL, RunError, check_welcome, die_with_parent
 from .machine_options import Choice
 from .run import EXPLAIN, SUMMARY
 
@@ -226,7 +226,6 @@ def _be_child(options: Options, theirs: socket.socket, parent: int) -> None:
 
 def _become(options: Options, theirs: socket.socket, parent: int) -> None:
     """The namespaces, the mount, and exec when the daemon serves it. OSError."""
-    libc = ctypes.CDLL(None)
     path = os.path.abspath(options.path)
     try:
         namespace.enter()
@@ -240,7 +239,7 @@ def _become(options: Options, theirs: socket.socket, parent: int) -> None:
     if theirs.recv(16) != b"go":
         os._exit(1)
     theirs.close()
-    libc.prctl(run.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):

@@ -1,7 +1,7 @@
 """Room client: `iommufdctl run -- CMD`. CMD and its children see a /dev/iommu; their calls go to a daemon.
 
-A filter notifies the few calls that matter (filter.py). The listener goes to the daemon; we stay as keeper with a
-copy of it, so that a dead daemon means ENODEV, not ENOSYS for every open (keeper.py).
+A filter notifies the few calls that matter (filter.py). The listener goes to the daemon; a child of ours, CMD's
+parent, stays as keeper with a copy of it, so that a dead daemon means ENODEV, not ENOSYS for every open (keeper.py).
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import socket
 import struct
 import subprocess
 import sys
+import traceback
 from typing import NamedTuple
 
 from iommufd_uapi import seccomp
 
 from .filter import program
-from .keeper import Keeper, RunError, check_welcome
+from .keeper import Keeper, RunError, check_welcome, die_with_parent, wait_for_keeper
 from .machine_options import Choice
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 SECCOMP_FILTER_FLAG_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
-EXPLAIN, SUMMARY, PROC = 1, 2, 4
+EXPLAIN, SUMMARY, PROC, REACH = 1, 2, 4, 32
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
 
@@ -53,6 +54,39 @@ def run(options: Options) -> int:
     numbers = seccomp.native()
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
+    stays, tell = os.pipe()
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    keeper = os.fork()
+    if not keeper:
+        os.close(stays)
+        _be_keeper(options, numbers, tell, parent)
+    os.close(tell)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the keeper has what there was, and CMD gets it
+    return wait_for_keeper(keeper, stays)
+
+
+def _be_keeper(options: Options, numbers: seccomp.Syscalls, tell: int, parent: int) -> None:
+    """Never returns."""
+    status = 1
+    try:
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() == parent:
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            status = _keep(options, numbers, tell)
+    except (RunError, OSError) as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
+    """Start the daemon and CMD; CMD's exit status. RunError, OSError."""
     base = options.fd_base or fd_base()
     waits = bool(options.socket_path) or options.machine != Choice([], "")  # for a daemon that may refuse
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -66,13 +100,14 @@ def run(options: Options) -> int:
             _hand_over(connection, options, listener, page, base)
             if waits:  # else CMD need not wait for it to start: its first call on /dev/iommu will
                 _hear_welcome(connection)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # CMD has what there was
             ours.send(b"go")
         except BaseException:
             ours.close()
             os.waitpid(child, 0)
             raise
         ours.close()
-        keeper = Keeper(connection, listener, page, child, numbers, welcome=not waits)
+        keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits)
         return keeper.run(last_words=options.explain or options.summary)
     except BaseException:
         connection.close()
@@ -123,7 +158,7 @@ def spawn(machine: Choice) -> tuple[socket.socket, subprocess.Popen[bytes]]:
 
 def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
     """The hello. RunError."""
-    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
+    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc | REACH
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.name.encode(), b"")
     rights = array.array("i", [listener, page, *_debug_folder(options)])
     try:
@@ -189,7 +224,7 @@ def complain(text: str) -> None:
 def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: socket.socket, parent: int) -> None:
     """In the child: the filter, the listener to the parent, and exec when it says so."""
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(NOT_EXECUTABLE)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -19,13 +19,18 @@ be: static or dynamic, Go or C, with threads, fork and exec. Needs no privilege;
 RUN_EPILOG = f"""\
 how:
   A seccomp filter notifies a daemon of opens for reading and writing and of ioctls of iommufd; the
-  rest runs as always. The daemon is a private one, unless --socket-path names one that runs. Programs
+  rest runs as always. The daemon is a private one, unless --socket-path names one that runs; what that
+  may not open of CMD (Yama's ptrace_scope 1, a daemon of another user), run opens for it. Programs
   gain no privileges by set-user-ID bits (no_new_privs), and only /dev/iommu itself is there: stat()
   does not find it.
 
 descriptors:
   The daemon's get numbers from 900 on (below, where RLIMIT_NOFILE is lower). Copies made by dup2() to
   a low number, or received by SCM_RIGHTS, do ioctl, poll and close, but not read and write.
+
+signals:
+  A handler without SA_RESTART that runs before the daemon has taken the call gives EINTR, and nothing
+  was done. From then on the call is carried out, and the handler runs after it.
 
 {machine_options.EPILOG}
 callers:
@@ -34,8 +39,8 @@ callers:
   or part of it; caps may be 'none'. What CMD changes itself (setuid, setrlimit) counts from then on.
 
 the end:
-  run ends when CMD does. Children that outlive CMD keep /dev/iommu: a copy of run stays in the
-  background until the last of them has ended. SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 go
+  run ends when CMD does. Children that outlive CMD keep /dev/iommu: their parent, a copy of run, stays in
+  the background until the last of them has ended. SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 go
   on to CMD; if run is killed, so is CMD. If the daemon dies, calls on /dev/iommu answer ENODEV.
 
 exit status:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iommufd_uapi.admin import Channel, Context, Device, Instance, Object, Tree
+    from iommufd_uapi.admin import Channel, Context, Device, Instance, Object, Process, Tree
 
     Paint = Callable[[str, str], str]
 
@@ -65,15 +65,25 @@ def _draw(node: Node, lead: str = "", rest: str = "") -> Iterator[str]:
 def _instance(instance: Instance, paint: Paint) -> Node:
     name = f"machine {instance.name}@{instance.machine}" if instance.name else f"private machine @{instance.machine}"
     locked = [f"uid {user.uid}: {several(user.locked_vm, 'page')} locked" for user in instance.users if user.locked_vm]
-    contexts = [_context(context, paint) for context in instance.contexts]
-    devices = [_device(device, paint) for device in instance.devices]
-    return Node("  ".join([paint(name, BOLD), *locked]), [*contexts, *devices])
+    below = [_process(process, paint) for process in instance.processes]
+    below += [_context(context, paint) for context in instance.contexts]
+    below += [_device(device, paint) for device in instance.devices]
+    return Node("  ".join([paint(name, BOLD), *locked]), below)
 
 
 def _device(device: Device, paint: Paint) -> Node:
     bound = f"bound as device {device.devid} to inode {device.context}" if device.context else "not bound"
     name = paint(f"/dev/vfio/devices/{device.name}", BOLD)
     return Node(f"{name}  {bound}", [_channel(channel, paint) for channel in device.channels])
+
+
+def _process(process: Process, paint: Paint) -> Node:
+    facts = [paint("process", GREEN), f"pid {process.pid} ({_command(process.pid)})"]
+    if process.contexts:
+        facts.append(f"has inode {', '.join(map(str, process.contexts))}")
+    if process.devices:
+        facts.append(f"has {', '.join(process.devices)}")
+    return Node("  ".join(facts))
 
 
 def _context(context: Context, paint: Paint) -> Node:

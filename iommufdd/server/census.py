@@ -13,6 +13,7 @@ from iommufdd.ioas import Ioas
 from iommufdd.objects import IommufdObject
 
 from .credentials import CAPABILITIES
+from .instance import OpenContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from .channel import Channel
     from .devices import OpenDevice, Opened
-    from .instance import Instance, OpenContext
+    from .instance import Instance
     from .serve import Server
 
 OWN_ROOMS = ("iommufdd.", "iommufd_uapi.")
@@ -68,6 +69,7 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
         [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
         [_context(server, context) for context in contexts],
         [_device(server, device) for device in devices],
+        sorted(_processes(server, instance), key=lambda process: process.pid),
     )
 
 
@@ -76,6 +78,15 @@ def _device(server: Server, device: OpenDevice) -> admin.Device:
     inode = next((context.key[1] for context in device.instance.contexts if context.ctx is ictx), 0)
     channels = [_channel(each) for each in _channels(server, [device])]
     return admin.Device(device.name, inode, device.file.devid if inode else 0, channels)
+
+
+def _processes(server: Server, instance: Instance) -> Iterator[admin.Process]:
+    for supervisor in server.supervisors:
+        for process in supervisor.processes.values() if supervisor.instance is instance else ():
+            held = supervisor.held(process)
+            contexts = sorted(each.key[1] for each in held if isinstance(each, OpenContext))
+            names = sorted(each.name for each in held if not isinstance(each, OpenContext))
+            yield admin.Process(process.tgid, contexts, names)
 
 
 def _context(server: Server, context: OpenContext) -> admin.Context:

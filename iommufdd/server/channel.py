@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PACKETS_AFTER_HANG_UP = 32  # a turn, of those still in the queue
 PACKETS_ALONE = 16  # a turn of the only channel; others wait that many milliseconds at most
+SAY_TIMEOUT = struct.pack("@ll", 0, 200_000)  # struct timeval
 ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 CUT_OFF = socket.MSG_CTRUNC | socket.MSG_TRUNC
 WAIT = 0x4000_0000  # MSG_CMSG_CLOEXEC of include/linux/socket.h; no constant of Python's
@@ -70,11 +71,13 @@ class Channel:
         connection.setblocking(True)
         linger = max(int(server.reactor.linger * 1e6), 1)  # 0 would be for ever
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, linger))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SAY_TIMEOUT)
         self.open = True  # the connection
         self.joined = False  # what is opened
         self.closing = False  # once the reply that is on its way has left
         self.supervisor: Supervisor | Session | None = None  # when the peer is a keeper
         self.memory = SegmentMemory()
+        self._heeds = True  # a keeper reads its lines
         self._pending: tuple[bytes, list[int], list[Pipe | Loan]] | None = None
         server.reactor.register(self.fd, self, FROM_CLIENT)
         server.channels.add(self)
@@ -93,7 +96,7 @@ class Channel:
                 if not self._turn():
                     break
                 self.server.pipes.ready(0)
-        elif self._turn() and self.server.alone and not self.server.reactor.spin:
+        elif self._turn() and self.joined and self.server.alone and not self.server.reactor.spin:
             # Nobody else to look after, and epoll costs as much as a receive: wait here, for a while.
             for _ in range(PACKETS_ALONE):
                 if not self._turn(WAIT) or not self.server.alone:
@@ -192,7 +195,7 @@ class Channel:
         if not size:
             self.close()
         elif self.supervisor is not None:
-            raise ProtocolError("a keeper has nothing more to say")
+            self.supervisor.heard(bytes(self.server.view[:size]), fds)
         else:
             self._hello(bytes(self.server.view[:size]), fds)
 
@@ -298,9 +301,15 @@ class Channel:
     def say(self, text: str) -> None:
         """A line for a keeper; dropped when it does not read."""
         try:
-            self._send_data(text.encode() + b"\n")
+            self._send_data(text.encode() + b"\n", 0 if self._heeds else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._heeds = False  # it had SAY_TIMEOUT for it; others have waited
         except OSError:
             pass
+
+    def ask(self, data: bytes) -> None:
+        """A question to a keeper, which it reads when it can; if it has gone, this channel closes."""
+        self._send(data, NO_FDS, NO_PIPES)
 
     def _sent(self, pipes: list[Pipe | Loan]) -> None:
         for pipe in pipes:

@@ -152,14 +152,15 @@ def test_no_listener(number: int, words: str, good_host: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("scope", "advice"),
     [
-        ("1", "sysctl kernel.yama.ptrace_scope=0; or a daemon of root"),
-        ("2", "a daemon of root"),
+        ("1", "allow ptrace in the sandbox"),
+        ("2", "sysctl kernel.yama.ptrace_scope=1; or a daemon of root"),
         ("3", "boot without it"),
         ("0", "allow ptrace in the sandbox"),
     ],
 )
 def test_memory_that_may_not_be_looked_into(scope: str, advice: str, good_host: pytest.MonkeyPatch) -> None:
     good_host.setattr(probe, "reach", lambda: errno.EACCES)
+    good_host.setattr(probe, "reach_below", lambda: errno.EACCES)
     good_host.setattr(probe, "reach_in_user_namespace", failing(errno.EPERM))
     read(good_host, ptrace_scope=scope)
     (finding,) = doctor_run.reach()
@@ -170,10 +171,24 @@ def test_memory_that_may_not_be_looked_into(scope: str, advice: str, good_host: 
 
 def test_a_user_namespace_helps_against_yama(good_host: pytest.MonkeyPatch) -> None:
     good_host.setattr(probe, "reach", lambda: errno.EACCES)
+    good_host.setattr(probe, "reach_below", lambda: errno.EACCES)
     good_host.setattr(probe, "reach_in_user_namespace", works)
-    read(good_host, ptrace_scope="1")
+    read(good_host, ptrace_scope="2")
     (finding,) = doctor_run.reach()
     assert finding.advice.endswith("; or unshare -r iommufdctl run -- CMD")
+
+
+def test_the_keeper_may_what_the_daemon_may_not(good_host: pytest.MonkeyPatch) -> None:
+    good_host.setattr(probe, "reach", lambda: errno.EACCES)
+    good_host.setattr(probe, "reach_below", works)
+    read(good_host, ptrace_scope="1")
+    (finding,) = doctor_run.reach()
+    assert (finding.verdict, finding.advice) == (OK, "")
+    assert finding.seen == "run opens CMD's memory for the daemon, which may not (kernel.yama.ptrace_scope is 1)"
+
+
+def test_a_parent_may_look_into_its_child() -> None:
+    assert probe.reach_below() == 0
 
 
 def test_yama_lets_root_pass(good_host: pytest.MonkeyPatch) -> None:

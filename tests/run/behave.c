@@ -410,13 +410,16 @@ static void outlived(void) // the daemon dies meanwhile
 	CHECK(close(fd) == 0);
 }
 
-static void orphan(const char *path)
+static void orphan(const char *path, int told)
 {
 	int fd = device();
 	CHECK(alloc(fd) == 1);
 	if (fork())
 		exit(7);
-	usleep(700 * 1000);
+	if (told)
+		CHECK(read(0, &told, 1) == 1);
+	else
+		usleep(700 * 1000);
 	int works = alloc(fd) == 2 && device() >= 0;
 	FILE *out = fopen(path, "w");
 	fprintf(out, "%s\n", works ? "served" : "not served");
@@ -461,7 +464,7 @@ int main(int argc, char **argv)
 	else if (!strcmp(what, "outlived"))
 		outlived();
 	else if (!strcmp(what, "orphan"))
-		orphan(argv[2]);
+		orphan(argv[2], argc > 3);
 	else
 		return 2;
 	printf("ok\n");

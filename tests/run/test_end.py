@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from iommufd_client.show import render
 from iommufd_client.testing import Daemon
 
 if TYPE_CHECKING:
@@ -84,12 +86,32 @@ def test_children_that_outlive_the_command_are_served(run: Run, compiled: Path, 
     assert _soon(lambda: answer.read_text() == "served\n")
 
 
+def test_orphans_of_the_command_are_reaped(run: Run, daemon: Daemon) -> None:
+    script = "(sleep 0.1 & sleep 0.1 & true); sleep 0.5; echo $$; cat /proc/$PPID/task/$PPID/children"
+    out = run("--socket-path", daemon.socket_path, "--", "sh", "-c", script).stdout
+    command, *children = out.split()
+    assert children == [command]
+
+
+def test_it_ends_where_ends_of_children_are_ignored(run: Run) -> None:
+    ignore = "import os, signal as s, sys; s.signal(s.SIGCHLD, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-c", ignore, *run.words("--", "grep", "^SigIgn", "/proc/self/status")]
+    result = subprocess.run(words, env=run.environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert int(result.stdout.split()[1], 16) >> signal.SIGCHLD - 1 & 1
+
+
 def test_a_killed_command_leaves_nothing(run: Run, compiled: Path) -> None:
     with Daemon() as daemon, daemon.admin() as admin:
         with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "hold") as process:
             _ready(process)
             assert admin.stats().contexts == 2  # ours, and one more: the daemon's keeper has one too
-            os.kill(_children(process.pid)[0], signal.SIGKILL)
+            (instance,) = (each for each in admin.show().instances if each.processes)
+            held = [(each.pid, each.contexts) for each in instance.processes]
+            assert held == [(_command(process.pid), [instance.contexts[0].inode])]
+            line = f"pid {_command(process.pid)} (behave)  has inode {instance.contexts[0].inode}"
+            assert line in render(admin.show())
+            os.kill(_command(process.pid), signal.SIGKILL)
             assert process.wait(PATIENCE) == 128 + signal.SIGKILL
         assert _soon(lambda: admin.stats().contexts == 1)
 
@@ -98,7 +120,7 @@ def test_a_killed_keeper_takes_the_command_along(run: Run, compiled: Path) -> No
     with Daemon() as daemon, daemon.admin() as admin:
         with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "hold") as process:
             _ready(process)
-            (command,) = _children(process.pid)
+            command = _command(process.pid)
             process.kill()
             process.wait(PATIENCE)
             assert _soon(lambda: not _runs(command))
@@ -121,6 +143,13 @@ def test_a_killed_daemon_means_enodev_and_no_more(run: Run, compiled: Path) -> N
 def _ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+
+
+def _command(run: int) -> int:
+    """CMD, of a run with a daemon at a socket: the only child of the keeper, which is the only one of the run."""
+    (keeper,) = _children(run)
+    (command,) = _children(keeper)
+    return command
 
 
 def _children(pid: int) -> list[int]:

@@ -24,8 +24,8 @@ def test_the_structs_of_the_keeper_are_those_of_the_wire() -> None:
     assert client.HELLO.size == wire.Hello.SIZEOF
     assert HELLO_REPLY.size == wire.HelloReply.SIZEOF
     assert (client.MAGIC, client.VERSION, client.SUPERVISE) == (wire.MAGIC, wire.VERSION, wire.Kind.SUPERVISE)
-    flags = (wire.SUPERVISE_EXPLAIN, wire.SUPERVISE_SUMMARY, wire.SUPERVISE_PROC)
-    assert flags == (client.EXPLAIN, client.SUMMARY, client.PROC)
+    flags = (wire.SUPERVISE_EXPLAIN, wire.SUPERVISE_SUMMARY, wire.SUPERVISE_PROC, wire.SUPERVISE_REACH)
+    assert flags == (client.EXPLAIN, client.SUMMARY, client.PROC, client.REACH)
 
 
 def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", **fields: Any) -> int:

@@ -161,6 +161,14 @@ class User(msgspec.Struct):
     locked_vm: int  #: pages
 
 
+class Process(msgspec.Struct):
+    """One that `run` or `mount` serves, once it has called."""
+
+    pid: int
+    contexts: list[int]  #: inodes of those it has open, as far as its descriptors may be looked at
+    devices: list[str] = []  #: names of those it has open
+
+
 class Instance(msgspec.Struct):
     """One machine."""
 
@@ -169,6 +177,7 @@ class Instance(msgspec.Struct):
     users: list[User]
     contexts: list[Context]
     devices: list[Device] = []
+    processes: list[Process] = []
 
 
 class Tree(Reply, tag="show"):

@@ -28,6 +28,12 @@ NOTIF = struct.Struct("<QIIIIQ6Q")  #: struct seccomp_notif: id, pid, flags, nr,
 NOTIF_RESP = struct.Struct("<QqiI")  #: struct seccomp_notif_resp: id, val, error, flags
 NOTIF_ADDFD = struct.Struct("<QIIII")  #: struct seccomp_notif_addfd: id, flags, srcfd, newfd, newfd_flags
 
+# What a daemon asks its keeper for (docs/PROTOCOL.md section 7), where it may not open it itself.
+REACH_ASK = struct.Struct("<4xIII")  #: struct iofd_reach: zero, as no line of text begins; what, pid, number
+REACH_ANSWER = struct.Struct("<iI")  #: struct iofd_reach_reply: errno, value
+REACH_MM, REACH_FDINFO, REACH_FILE, REACH_NUMBER, REACH_CWD = 1, 2, 3, 4, 5  #: iofd_reach.what
+REACH_PIDS = 4096  #: pids after a REACH_MM at most
+
 NOTIF_PAGE = 4096  #: bytes of the file that shows the id of the notification in work, so that the keeper can answer it
 
 

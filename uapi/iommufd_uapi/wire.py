@@ -67,6 +67,7 @@ HELLO_CONTAINER = 1  #: Hello.flags: as /dev/vfio/vfio, pinned memory is charged
 SUPERVISE_EXPLAIN = 1  #: Hello.flags: a line for every call that fails
 SUPERVISE_SUMMARY = 2  #: Hello.flags: what was called and what is left, when the last process has ended
 SUPERVISE_PROC = 4  #: Hello.flags: serve /proc/N/status and fault injection
+SUPERVISE_REACH = 32  #: Hello.flags: the keeper opens what the daemon may not
 MOUNT_OTHERS = 8  #: Hello.flags: callers may be other users than who mounted it
 MOUNT_CONTAINER = 16  #: Hello.flags: as /dev/vfio/vfio
 MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE or MOUNT

@@ -9,7 +9,7 @@ from logging import INFO
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_SUMMARY
-from iommufdd.errors import IommufdError
+from iommufdd.errors import IommufdError, ProtocolError
 from iommufdd.server import log
 from iommufdd.server.seccomp.procfile import TargetFiles
 from iommufdd.server.seccomp.procmm import Clock, StaleError
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from iommufdd.context import Context
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
-    from iommufdd.server.instance import Instance
-    from iommufdd.server.seccomp.target import Origin
+    from iommufdd.server.instance import Instance, OpenContext
+    from iommufdd.server.seccomp.target import Origin, Process
     from iommufdd.server.serve import Server
 
     from .files import Opened
@@ -98,6 +98,14 @@ class Session(Targets[Thread]):
     def detach(self) -> None:
         """The keeper is gone; who has the file open is served until it is closed."""
         self.channel = None
+
+    def heard(self, packet: bytes, fds: list[int]) -> None:
+        """Nothing is ever asked. ProtocolError."""
+        raise ProtocolError("a keeper has nothing more to say")
+
+    def held(self, process: Process) -> set[OpenContext]:
+        """What a process has open is not known: the kernel tells of files, not of descriptors."""
+        return set()
 
     def close(self, why: str = "shutdown") -> None:
         if self.device < 0:

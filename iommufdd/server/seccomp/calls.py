@@ -18,7 +18,7 @@ from .fds import Installed
 from .proc import open_proc
 from .procmm import StaleError
 from .registers import drop_unmapped, show
-from .sys import pidfd_getfd
+from .sys import AT_FDCWD, inode_of, pidfd_getfd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from iommufdd.server.files import Pipe
 
     from .notify import Supervisor
-    from .target import Thread
+    from .target import Process, Thread
 
     Handler = Callable[[Thread, list[int]], int]
 
@@ -39,7 +39,6 @@ PATHS = {b"/dev/iommu": False, b"/dev/vfio/vfio": True}  # as a container?
 DEVICES = b"/dev/vfio/devices/"
 NAMES = (b"iommu", b"vfio")
 PATH_MAX = 4096
-AT_FDCWD = -100
 O_DIRECTORY = os.O_DIRECTORY
 F_DUPFD_CLOEXEC = 1030
 GENERIC_IOCTLS = {0x5450, 0x5451, 0x5421, 0x5452, 0x5460}  # FIONCLEX, FIOCLEX, FIONBIO, FIOASYNC, FIOQSIZE
@@ -99,6 +98,7 @@ class Calls:
         if flags & O_DIRECTORY:
             return -errno.ENOTDIR
         supervisor = self.supervisor
+        thread.files.prepare_number()
         try:
             thread.caller.gate(Gate.MEMORY)
             opened = self._open_ours(path)
@@ -155,9 +155,8 @@ class Calls:
         if path in PATHS or not (name in NAMES or name.decode(errors="replace") in self.supervisor.machine.devices):
             return path
         if not path.startswith(b"/"):
-            where = "cwd" if folder == AT_FDCWD else f"fd/{folder}"
             try:
-                path = os.readlink(f"/proc/{thread.tid}/{where}").encode() + b"/" + path
+                path = thread.files.place(folder).encode() + b"/" + path
             except OSError:
                 return path
         return b"/" + os.path.normpath(path).lstrip(b"/")
@@ -183,8 +182,10 @@ class Calls:
         opened = found.opened
         if found.file is not opened.file or not isinstance(found, Installed):
             return -errno.ENOTTY
+        if thread.process.stranger:
+            thread.files.prepare(cmd, args[2])
         if cmd == DESTROY and found.maps:
-            drop_unmapped(found)
+            drop_unmapped(found, self.supervisor.files.mms)
         thread.files.opened = opened
         report = self.supervisor.report
         if report is None:
@@ -215,7 +216,7 @@ class Calls:
             vma.put()
             return -errno.ENOMEM
         if len(found.maps) > MANY_MAPS:
-            drop_unmapped(found)
+            drop_unmapped(found, self.supervisor.files.mms)
         found.maps.append(vma)
         return CONTINUE  # the registers lie at the same offset of the descriptor's own file
 
@@ -265,10 +266,12 @@ class Calls:
 
     def _copy(self, thread: Thread, fd: int, least: int, *, cloexec: bool) -> int:
         """A copy of one of our descriptors must get a number from the base on too."""
-        if self._find(thread, fd) is None:
+        found = self._find(thread, fd)
+        if found is None:
             return CONTINUE
+        thread.files.prepare_number(least)
         try:
-            own = pidfd_getfd(thread.process.pidfd, fd)
+            own = self._take(thread.process, fd, found)
         except OSError:
             return CONTINUE
         try:
@@ -280,3 +283,14 @@ class Calls:
         finally:
             os.close(own)
         return ANSWERED
+
+    def _take(self, process: Process, fd: int, found: Installed | Pipe) -> int:
+        """A copy of a process's descriptor, by the keeper if we may not make it. OSError, Waiting."""
+        try:
+            return pidfd_getfd(process.pidfd, fd)
+        except PermissionError:
+            own = self.supervisor.reach.file(process.tgid, fd)
+        if inode_of(f"/proc/self/fd/{own}") == found.key[:2]:
+            return own
+        os.close(own)
+        raise PermissionError

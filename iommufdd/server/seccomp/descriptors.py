@@ -24,6 +24,7 @@ from iommufdd.user import File
 
 from .fds import DESCRIPTORS
 from .procfile import reopened
+from .sys import AT_FDCWD
 
 if TYPE_CHECKING:
     from iommufdd.server.devices import Opened
@@ -61,10 +62,27 @@ class TargetDescriptors:
         if found is not None:
             return found.file
         try:
-            own = reopened(self.thread.folder, fd, cautious=self.supervisor.files.cautious)
+            own = self._own(fd)
         except OSError:
             return OtherFile()
         return self.supervisor.files.opened(own)
+
+    def _own(self, fd: int) -> int:
+        """A descriptor of our own on the file behind a number. OSError."""
+        return reopened(self.thread.folder, fd, cautious=self.supervisor.files.cautious)
+
+    def place(self, folder: int) -> str:
+        """The path of a descriptor of a folder, or AT_FDCWD. OSError."""
+        return os.readlink(f"/proc/{self.thread.tid}/" + ("cwd" if folder == AT_FDCWD else f"fd/{folder}"))
+
+    def prepare(self, cmd: int, arg: int) -> None:
+        """All that an ioctl will want to know of descriptors can be found out when it does."""
+
+    def prepare_number(self, least: int = 0) -> None:
+        """And so can a free number."""
+
+    def close(self) -> None:
+        """The task is forgotten."""
 
     # ---- new numbers ----
 

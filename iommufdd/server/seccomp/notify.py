@@ -22,7 +22,7 @@ from iommufd_uapi.seccomp import (
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
     native,
 )
-from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY
+from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_REACH, SUPERVISE_SUMMARY
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
 from iommufdd.server.memory import get_seals
@@ -30,12 +30,15 @@ from iommufdd.server.memory import get_seals
 from .calls import ANSWERED, CONTINUE, Calls
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
+from .reach import Answer, Ask, Reach, Waiting
 from .report import Report
+from .sys import inodes_of
 from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
+    from iommufdd.server.devices import Opened
     from iommufdd.server.files import FileKey, Pipe
     from iommufdd.server.instance import Instance
     from iommufdd.server.serve import Server
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 MANY_THREADS = 256
 EMPTY = bytes(NOTIF.size)
 NONE = bytes(8)
+REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 GONE = {errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
@@ -70,12 +74,15 @@ class Supervisor(Targets[Thread]):
         self.instance = instance
         self.machine = instance.machine
         self.uid = peer.uid
+        self.keeper = peer.pid
         self.origin = origin_of(peer)
         self.base = base
         self.virtual = virtual
         self.clock = Clock()
         self.watch = server.watch()
         self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
+        self.reach = Reach(self)
+        self._parked: tuple[int, int, list[int]] | None = None  # the call that waits for the keeper
         self._euid = os.geteuid()  # whose our memfds are
         self._received = bytearray(NOTIF.size)
         self.current = 0  # the notification in work
@@ -122,6 +129,7 @@ class Supervisor(Targets[Thread]):
         for process in list(self.processes.values()):
             self.forget_process(process)
         self._page.close()
+        self.reach.clear()
         if self.debug_folder >= 0:
             os.close(self.debug_folder)
         self.server.supervisors.discard(self)
@@ -147,6 +155,7 @@ class Supervisor(Targets[Thread]):
         """Tell this keeper what it wants to know (SUPERVISE_*), and hang up at the end."""
         self.channel, channel.supervisor = channel, self
         self.proc = bool(flags & SUPERVISE_PROC)
+        self.reach.willing = bool(flags & SUPERVISE_REACH)
         if flags & (SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY):
             self.report = Report(
                 channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
@@ -155,6 +164,34 @@ class Supervisor(Targets[Thread]):
     def detach(self) -> None:
         """The keeper is gone; the processes are served until the last one ends."""
         self.channel = None
+        self.reach.give_up()
+        self._resume()
+
+    def heard(self, packet: bytes, fds: list[int]) -> None:
+        """The keeper has answered; it keeps the descriptors that stay in `fds`. ProtocolError."""
+        self.reach.take(packet, fds)
+        self._resume()
+
+    def mm_of_keeper(self, tgid: int, others: tuple[int, ...]) -> Answer:
+        return self.reach.mm(tgid, others)
+
+    def _wait(self, ask: Ask, call: tuple[int, int, list[int]]) -> None:
+        """Begin this call again when the keeper has answered. Until then the other processes wait too."""
+        assert self.channel is not None
+        self._parked, self.reach.waiting = call, ask
+        self.reactor.modify(self.listener, 0)
+        self.channel.ask(ask.pack())
+
+    def _resume(self) -> None:
+        call, self._parked = self._parked, None
+        if call is None or self.listener < 0:
+            return
+        self.reactor.modify(self.listener, select.EPOLLIN)
+        self.clock.now += 1
+        self._drain()
+        self._carry_out(*call)
+        if self._parked is None:
+            self.reach.clear()
 
     # ---- notifications ----
 
@@ -176,8 +213,16 @@ class Supervisor(Targets[Thread]):
         self.clock.now += 1
         if self.watch.pending.poll(0):
             self._drain()
+        self._carry_out(tid, nr, args)
+
+    def _carry_out(self, tid: int, nr: int, args: list[int]) -> None:
+        """Answer the notification in work, or let it wait for the keeper."""
         try:
             answer = self._answer(tid, nr, args)
+        except Waiting as waiting:
+            self.files.end()
+            self._wait(waiting.ask, (tid, nr, args))
+            return
         except Exception as error:
             log.bug(error, uid=self.uid, pid=tid)
             answer = -errno.EIO
@@ -185,7 +230,7 @@ class Supervisor(Targets[Thread]):
             self.files.end()
         if answer is not ANSWERED:
             self.send(answer)
-        page[:8] = NONE
+        self._page[:8] = NONE
 
     def _drain(self) -> None:
         """Close what was closed before now."""
@@ -223,7 +268,8 @@ class Supervisor(Targets[Thread]):
             except OSError as error:
                 if error.errno not in GONE:
                     raise
-                self._unreachable(tid, os.strerror(error.errno or 0))
+                if not tid or error.errno in REFUSED:
+                    self._unreachable(tid, os.strerror(error.errno or 0) if tid else "another pid namespace")
                 return CONTINUE
             except EMFILE as error:
                 self._unreachable(tid, error.reason)
@@ -232,9 +278,9 @@ class Supervisor(Targets[Thread]):
 
     def _unreachable(self, tid: int, why: str) -> None:
         """The caller's number is not visible here, or the right to look into it is missing: said once."""
-        if self.report is not None and self.report.explain and not self._said_unreachable:
+        if self.channel is not None and not self._said_unreachable and self.valid():
             self._said_unreachable = True
-            self.report.say(f"pid {tid} cannot be looked into ({why}): it sees no /dev/iommu")
+            self.channel.say(f"pid {tid} cannot be looked into ({why}): it sees no /dev/iommu")
 
     def _with_faults(self, fail_nth: FailNth, handler: Handler, thread: Thread, args: list[int]) -> int:
         """The process may have asked for the nth acquisition to fail."""
@@ -310,6 +356,11 @@ class Supervisor(Targets[Thread]):
             return found
         pipe = self.server.pipes.by_key.get(key)
         return pipe if pipe is not None and pipe.file is not None else None
+
+    def held(self, process: Process) -> set[Opened]:
+        """The contexts and devices of which a process has a descriptor; none if that may not be looked at."""
+        found = {self.find((*inode, self._euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
+        return {each.opened for each in found if each is not None}
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return (*inode, self._euid) in self.watch.by_key

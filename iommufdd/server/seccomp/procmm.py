@@ -82,20 +82,15 @@ class PrivatePages(PageFile):
 class ProcMm(Mm):
     """An mm, as long as one of `users` has it; then its descriptors are closed."""
 
-    def __init__(self, pid: int, files: TargetFiles, clock: Clock) -> None:
-        """OSError when the process may not be looked into."""
+    def __init__(self, pid: int, files: TargetFiles, clock: Clock, opened: tuple[int, int]) -> None:
+        """Takes over `opened`: /proc/PID/mem and maps."""
         self.pid = pid
         self.files = files
         self.clock = clock
         self.users: set[Process] = set()
         self.locked_vm = 0
         self.pinned_vm = 0
-        self.mem = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.maps = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(self.mem)
-            raise
+        self.mem, self.maps = opened
         self.private = PrivatePages(self, compound=False)
         self.private_huge = PrivatePages(self, compound=True)
         self._asked = bytearray(_ASKED)
@@ -278,6 +273,16 @@ class ProcMm(Mm):
             else:
                 high = middle
         return low << PAGE_SHIFT
+
+
+def open_mm(pid: int) -> tuple[int, int]:
+    """/proc/PID/mem, which takes PTRACE_MODE_ATTACH, and maps, for which PTRACE_MODE_READ is enough. OSError."""
+    mem = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return mem, os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        os.close(mem)
+        raise
 
 
 def _parsed(text: bytes) -> Iterator[Vma]:

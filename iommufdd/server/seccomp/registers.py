@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from .procmm import maps_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from iommufdd.mmap import MmapRegion
 
     from .fds import Installed
+    from .procmm import ProcMm, Vma
 
 
 class Shown:
@@ -34,14 +37,21 @@ def show(region: MmapRegion, memfd: int) -> None:
         Shown(region, memfd)
 
 
-def drop_unmapped(installed: Installed) -> None:
+def drop_unmapped(installed: Installed, mms: Iterable[ProcMm]) -> None:
     """Let go of the mappings that no process has any more: munmap() and exit are not traced."""
     inode = installed.key[:2]
     shown: list[range] = []
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) != os.getpid():
-            shown += [range(vma.offset, vma.offset + vma.end - vma.start) for vma in maps_of(name, inode)]
+            shown += [_part(vma) for vma in maps_of(name, inode)]
+    for mm in mms:  # whose process we may have no right to look at
+        shown += [_part(vma) for vma in mm.vmas() if (vma.dev, vma.ino) == inode]
     for vma in installed.maps[:]:
         if not any(vma.region.offset in part for part in shown):
             installed.maps.remove(vma)
             vma.put()
+
+
+def _part(vma: Vma) -> range:
+    """The part of the file that is mapped."""
+    return range(vma.offset, vma.offset + vma.end - vma.start)

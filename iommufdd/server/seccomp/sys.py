@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 
 from iommufd_uapi.seccomp import native
 
@@ -23,6 +24,7 @@ PROCMAP_ASK = struct.Struct("<QQQ")  # its input: size, flags, address
 AT_FDCWD = -100
 AT_STATX_DONT_SYNC = 0x4000
 STATX_INO = 0x100
+AT_EMPTY_PATH = 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -54,11 +56,39 @@ def inode_of(path: str, dir_fd: int = AT_FDCWD) -> tuple[int, int]:
     return os.makedev(found[34], found[35]), found[8] | found[9] << 32
 
 
+def inodes_of(folder: str) -> Iterator[tuple[int, int]]:
+    """Those of a /proc/PID/fd, as far as it may be looked at."""
+    try:
+        numbers = os.listdir(folder)
+    except OSError:
+        return
+    for number in numbers:
+        try:
+            yield inode_of(f"{folder}/{number}")
+        except OSError:
+            continue
+
+
 def device_of(path: str, dir_fd: int = AT_FDCWD) -> int:
     """st_dev alone, for which not even rights are needed. OSError."""
     found = (ctypes.c_uint32 * 64)()
     _check(_libc.statx(dir_fd, path.encode(), AT_STATX_DONT_SYNC, 0, found))
     return os.makedev(found[34], found[35])
+
+
+def on_procfs(fd: int, mounter: int) -> bool:
+    """Whether a file is on a /proc: ours, or one that a process sees mounted, each of which has a st_dev. OSError.
+
+    fstat() and fstatfs() of a file that is on none could make us wait for whoever serves it.
+    """
+    found = (ctypes.c_uint32 * 64)()
+    _check(_libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, found))
+    if os.makedev(found[34], found[35]) == os.stat("/proc").st_dev:
+        return True
+    device = b"%d:%d" % (found[34], found[35])
+    with open(f"/proc/{mounter}/mountinfo", "rb") as file:
+        mounts = [line.partition(b" - ") for line in file]
+    return any(place.split()[2] == device and kind.split()[0] == b"proc" for place, _, kind in mounts)
 
 
 def inotify_init() -> int:

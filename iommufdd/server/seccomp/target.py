@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -13,7 +14,8 @@ from iommufdd.server.credentials import CAPABILITIES, DEFAULT_MEMLOCK, UNLIMITED
 from iommufdd.user import PAGE_SHIFT, Caller, FaultGate, Task
 
 from .descriptors import TargetDescriptors
-from .procmm import ProcMm, StaleError
+from .procmm import ProcMm, StaleError, open_mm
+from .strangers import StrangersDescriptors
 from .sys import same_mm
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .proc import FailNth
     from .procfile import TargetFiles
     from .procmm import Clock
+    from .reach import Answer
 
 MEMLOCK = b"Max locked memory"
 DESCRIPTORS = 4  # that a process costs: pidfd, status, mem, maps
@@ -69,6 +72,10 @@ class Targets(Generic[T]):
     def __init__(self) -> None:
         self.processes: dict[int, Process] = {}
         self.threads: dict[int, T] = {}
+
+    def mm_of_keeper(self, tgid: int, others: tuple[int, ...]) -> Answer:
+        """mem and maps of a process that we may not look into, as Reach.mm(). OSError, Waiting."""
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     def _forget_thread(self, tid: int) -> None:
         thread = self.threads.pop(tid, None)
@@ -153,16 +160,17 @@ class Process:
 
     dropped: int = 0  # virtual capabilities that it gave up, or its parent did before it
     mm_type: type[ProcMm] = ProcMm
+    stranger = False  # we may not even look at it: all must come through the keeper
 
     def __init__(self, supervisor: Targets[Any], tgid: int) -> None:
-        """OSError when it is gone or may not be looked into; EMFILE."""
+        """OSError when it is gone or may not be looked into; EMFILE; Waiting."""
         self.supervisor = supervisor
         self.tgid = tgid
         self._nofile = supervisor.server.nofile
         self._nofile.charge(supervisor.uid, DESCRIPTORS)
         try:
             self._open(supervisor, tgid)
-        except OSError:
+        except BaseException:
             self._nofile.uncharge(supervisor.uid, DESCRIPTORS)
             raise
         self.gate = FaultGate()
@@ -171,7 +179,7 @@ class Process:
         supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
     def _open(self, supervisor: Targets[Any], tgid: int) -> None:
-        self.pidfd = os.pidfd_open(tgid)
+        self.pidfd, self._status = os.pidfd_open(tgid), -1
         try:
             self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
             self.same_user_ns = _uid_map(str(tgid)) == _uid_map("self")
@@ -180,33 +188,49 @@ class Process:
                 self.dropped = parent.dropped
             self.shares_mm = False
             self.mm = self._find_mm()
-        except OSError:
+        except BaseException:
+            if self._status >= 0:
+                os.close(self._status)
             os.close(self.pidfd)
             raise
 
     def _find_mm(self) -> ProcMm:
         """The mm of a process that shares one (vfork), or its own."""
-        for other in self.supervisor.processes.values():
-            if other is not self and other.mm.mem >= 0 and same_mm(self.tgid, other.tgid):
-                self.shares_mm = True
-                mm = other.mm
-                break
+        others = {other.tgid: other.mm for other in self.supervisor.processes.values() if other is not self}
+        alive = {tgid: mm for tgid, mm in others.items() if mm.mem >= 0}
+        shared = next((mm for tgid, mm in alive.items() if same_mm(self.tgid, tgid)), None)
+        opened: tuple[int, int] | None = None
+        if shared is None:
+            try:
+                opened = open_mm(self.tgid)
+            except PermissionError:
+                shared, opened = self._mm_of_keeper(alive)
+        self.shares_mm = shared is not None
+        if shared is not None:
+            mm = shared
         else:
-            self.shares_mm = False
-            mm = self.mm_type(self.tgid, self.supervisor.files, self.supervisor.clock)
+            assert opened is not None
+            mm = self.mm_type(self.tgid, self.supervisor.files, self.supervisor.clock, opened)
             self.supervisor.files.mms.add(mm)
         mm.users.add(self)
         return mm
 
+    def _mm_of_keeper(self, others: dict[int, ProcMm]) -> tuple[ProcMm | None, tuple[int, int] | None]:
+        """The mm of another that this one shares, or its mem and maps. OSError, Waiting."""
+        self.stranger = not _may_look_at(self.tgid)
+        answer = self.supervisor.mm_of_keeper(self.tgid, tuple(others) if self.stranger else ())
+        if not answer.fds:
+            return others[answer.value], None
+        mem, maps = answer.fds
+        return None, (os.dup(mem), os.dup(maps))
+
     def renew(self) -> None:
-        """It may have called exec. OSError."""
+        """It may have called exec. OSError, Waiting."""
         before = self.mm
         if before.alive and not self.shares_mm:
             return
-        before.users.discard(self)
         self.mm = self._find_mm()
-        if not before.users:
-            before.users.add(self)
+        if self.mm is not before:
             before.leave(self)
 
     @property
@@ -267,6 +291,9 @@ class TaskFolder:
         self.process = process
         self.tid = tid
         self._nofile, self._uid = process.supervisor.server.nofile, process.supervisor.uid
+        self.folder = -1
+        if process.stranger:
+            return
         self._nofile.charge(self._uid)
         try:
             self.folder = os.open(f"/proc/{tid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -275,8 +302,9 @@ class TaskFolder:
             raise
 
     def close(self) -> None:
-        os.close(self.folder)
-        self._nofile.uncharge(self._uid)
+        if self.folder >= 0:
+            os.close(self.folder)
+            self._nofile.uncharge(self._uid)
 
 
 class Thread(TaskFolder):
@@ -285,8 +313,13 @@ class Thread(TaskFolder):
     def __init__(self, supervisor: Supervisor, process: Process, tid: int) -> None:
         """OSError when it is gone; EMFILE."""
         super().__init__(process, tid)
-        self.files = TargetDescriptors(supervisor, self)
+        kind = StrangersDescriptors if process.stranger else TargetDescriptors
+        self.files: TargetDescriptors = kind(supervisor, self)
         self.caller = Caller(process.task, process.mm, CallerMemory(process), self.files, process.gate)
+
+    def close(self) -> None:
+        self.files.close()
+        super().close()
 
 
 class CallerMemory:
@@ -302,6 +335,15 @@ class CallerMemory:
 
     def write(self, addr: int, data: bytes) -> int:
         return self._process.mm.store(addr, data)
+
+
+def _may_look_at(tgid: int) -> bool:
+    """PTRACE_MODE_READ, which Yama does not forbid."""
+    try:
+        os.close(os.open(f"/proc/{tgid}/maps", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def tgid_of(tid: int) -> int:

@@ -44,7 +44,7 @@ class Vtd(VtdHardware):
         self.name = description.name
         self.reserved = description.reserved
         self.blocked_domain: Domain = VtdBlocked(self)
-        self.vendor_replace = False  # replay the driver's own stores
+        self.vendor_replace = description.replace == "vendor"  # replay the driver's own stores
         self._torn_down: tuple[tuple[int, ...], list[str]] | None = None
         self._dids: dict[VtdDomain, list[int]] = {}  # id, users
         self._taken: set[int] = set()

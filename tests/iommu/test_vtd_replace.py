@@ -174,12 +174,11 @@ class Verdicts(Monitor):
 @pytest.mark.parametrize("pasid", [0, 5])
 def test_vendor_mode_tears_down_first_so_every_replace_has_a_window(pasid: int) -> None:
     """SEMANTICS 3.9: every DMA between the first and the last store finds the entry not present, 0x59."""
-    lab = Lab()
+    lab = Lab(replace="vendor")
     idev = lab.device(pasids=10)
     places = targets(lab, idev, pasid=True)
     if pasid:
         lab.attach(idev, places[0].pt)
-    lab.iommu.vendor_replace = True
     verdicts = Verdicts()
     lab.iommu.monitors.append(verdicts)
     now = places[0]

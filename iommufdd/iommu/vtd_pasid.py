@@ -14,10 +14,10 @@ WORDS = struct.Struct("<8Q")
 ABSENT = (0,) * 8
 
 FIRST, SECOND, NESTED, PASS_THROUGH = 1, 2, 3, 4  # PGTT
-ADDRESS = 0x000F_FFFF_FFFF_F000
+POINTER = 0xFFFF_FFFF_FFFF_F000
+_BEYOND = 0xFFF << 52  # of a pointer: no host address is so wide
 # Reserved bits per word (spec 9.6). Software-ignored bits are left out.
-_RESERVED = (1 << 5 | 1 << 10, 1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 25 | 1 << 26,
-             1 << 5 | 1 << 6, 0, 0, 0, 0, 0)  # fmt: skip
+_RESERVED = (1 << 5 | 1 << 10 | _BEYOND, 0x7F << 16 | 1 << 25 | 1 << 26, 1 << 5 | 1 << 6 | _BEYOND, 0, 0, 0, 0, 0)
 
 
 class PasidEntry(NamedTuple):
@@ -45,9 +45,9 @@ class PasidEntry(NamedTuple):
         w0, w1, w2 = words[:3]
         return cls(
             present=bool(w0 & 1), fpd=bool(w0 & 2), aw=w0 >> 2 & 7, pgtt=w0 >> 6 & 7, ssade=bool(w0 >> 9 & 1),
-            ssptptr=w0 & ADDRESS, did=w1 & 0xFFFF, pwsnp=bool(w1 >> 23 & 1), pgsnp=bool(w1 >> 24 & 1),
+            ssptptr=w0 & POINTER, did=w1 & 0xFFFF, pwsnp=bool(w1 >> 23 & 1), pgsnp=bool(w1 >> 24 & 1),
             sre=bool(w2 & 1), ere=bool(w2 >> 1 & 1), fspm=w2 >> 2 & 3, wpe=bool(w2 >> 4 & 1),
-            eafe=bool(w2 >> 7 & 1), fsptptr=w2 & ADDRESS,
+            eafe=bool(w2 >> 7 & 1), fsptptr=w2 & POINTER,
         )  # fmt: skip
 
     def pack(self) -> tuple[int, ...]:

@@ -102,6 +102,11 @@ def walk(
     return Leaf(iova & -size, entry & ADDRESS & -size, size, _allowed(rights, rules, dirty=dirty))
 
 
+def admits(start: Start, rules: Rules, access: int) -> bool:
+    """A walk from here may reach a leaf: the rights gathered above do not refuse the access by themselves."""
+    return _test(P, start.rights, access, rules) is None
+
+
 def _test(entry: int, rights: int, access: int, rules: Rules) -> Why | None:
     if not entry & P:
         return Why.NOT_PRESENT

@@ -148,6 +148,10 @@ def paging_alloc(
         hwpt.hold(ioas)
         caller.gate(Gate.DOMAIN)
         hwpt.domain = iommu.domain_alloc_paging(dev, flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        if idev.enforce_cache_coherency:
+            hwpt.enforce_cache_coherency = hwpt.domain.enforce_cache_coherency()
+            if not hwpt.enforce_cache_coherency:
+                raise EINVAL("the device's IOMMU says it can enforce cache coherency, and the domain cannot")
         if before_fill is not None:
             before_fill(hwpt)
         try:

@@ -91,6 +91,10 @@ class Domain:
         """Let dev translate through this domain instead of `old`. EINVAL: it does not fit the device."""
         raise NotImplementedError
 
+    def enforce_cache_coherency(self) -> bool:
+        """Make all DMA through this domain snoop; False when its IOMMU cannot."""
+        return False
+
     def unmapped(self, iova: int, last: int) -> None:
         """[iova, last] has left the address space: flush it."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 import iommufd_uapi.iommufd as uapi
 from iommufdd.errors import ENOSPC, EOPNOTSUPP
 
@@ -50,8 +52,13 @@ class Vtd(VtdHardware):
         self._taken: set[int] = set()
 
     def new_device(self, description: DeviceDescription, group: IommuGroup) -> Endpoint:
-        """A function behind this unit."""
-        return Endpoint(self, description, group)
+        """A function behind this unit; what the unit does not support is off."""
+        d = self.description
+        ats = description.ats and d.device_tlb
+        return Endpoint(self, structs.replace(
+            description, ats=ats, pri=description.pri and ats and d.page_requests,
+            pasid_width=min(description.pasid_width, d.pasid_width),
+        ), group)  # fmt: skip
 
     # ---- struct iommu_ops ----
 
@@ -74,7 +81,7 @@ class Vtd(VtdHardware):
             return self.description.snoop_control
         if cap is Cap.DIRTY_TRACKING:
             return self.tracks_dirty
-        return cap is Cap.PCI_ATS_SUPPORTED and dev.ats and self.description.device_tlb
+        return cap is Cap.PCI_ATS_SUPPORTED and dev.ats
 
     def hw_info(self, dev: Device, info_type: int) -> tuple[int, bytes]:
         """intel_iommu_hw_info(): EOPNOTSUPP."""
@@ -241,9 +248,13 @@ class Vtd(VtdHardware):
 
 
 def _second_stage(d: VtdIommu) -> tuple[int, int]:
-    """compute_vasz_lg2_ss(): the levels and the width."""
-    for least, levels, width in ((48, 5, 57), (39, 4, 48), (30, 3, 39)):
-        fitting = [n for n in d.levels if n >= levels]
-        if d.mgaw > least and fitting:
-            return min(fitting), min(width, d.mgaw)
-    return 3, 39
+    """compute_vasz_lg2_ss(): the levels and the width.
+
+    quirk: a width that fewer levels would hold takes one more where the hardware has them.
+    """
+    levels = set(d.levels)
+    if d.mgaw > 48 and 5 in levels:
+        return 5, min(57, d.mgaw)
+    if d.mgaw > 39 and levels & {4, 5}:
+        return 5 if 5 in levels else 4, min(48, d.mgaw)
+    return 4 if 4 in levels else 5 if 5 in levels else 3, min(39, d.mgaw)

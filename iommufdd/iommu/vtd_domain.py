@@ -120,12 +120,18 @@ class VtdPaging(VtdDomain):
         self.aperture_end = (1 << (width - 1 if stage == FIRST else width)) - 1
         self.dirty_bits = VtdDirty(self) if dirty else None
         self.dirty_ops = self.dirty_bits
+        self.force_snooping = False
         self.children: dict[VtdNested, None] = {}
 
     @property
     def tracking(self) -> bool:
         """Second-stage A/D bits are on (SSADE)."""
         return self.dirty_bits is not None and self.dirty_bits.tracking
+
+    def enforce_cache_coherency(self) -> bool:
+        """intel_iommu_enforce_cache_coherency_fs(), ..._ss(): a bit of the PASID entry, or of all entries."""
+        self.force_snooping = all(iommu_of(dev).description.snoop_control for dev, _ in self.tags)
+        return self.force_snooping
 
     def compatible(self, iommu: Vtd) -> None:
         """paging_domain_compatible_first_stage(), ..._second_stage()"""
@@ -144,6 +150,7 @@ class VtdPaging(VtdDomain):
         self._need(self.levels in d.levels, f"{self.levels} levels")
         self._need(d.pages_2m or not self.pgsize_bitmap & SZ_2M, "2 MiB pages")
         self._need(d.pages_1g or not self.pgsize_bitmap & SZ_1G, "1 GiB pages")
+        self._need(d.snoop_control or not self.force_snooping, "snoop control")
         self._need(not d.caching_mode or self.owner.description.caching_mode, "no flush on map")
 
     def _need(self, has: bool, what: str) -> None:
@@ -155,7 +162,7 @@ class VtdPaging(VtdDomain):
         coherent = iommu.description.coherent_walk
         if self.stage == FIRST:
             return PasidEntry(present=True, pgtt=FIRST, aw=AW[max(iommu.description.levels)], did=did, pwsnp=coherent,
-                              fspm=self.levels - 4, fsptptr=self.root)  # fmt: skip
+                              pgsnp=self.force_snooping, fspm=self.levels - 4, fsptptr=self.root)  # fmt: skip
         return PasidEntry(present=True, pgtt=SECOND, aw=AW[self.levels], did=did, pwsnp=coherent, ssade=self.tracking,
                           ssptptr=self.root)  # fmt: skip
 

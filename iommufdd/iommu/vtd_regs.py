@@ -95,7 +95,7 @@ TEXT = {
     Reason.BEYOND_HARDWARE: "the address is beyond what the hardware supports",
     Reason.SS_BEYOND: "the address is beyond the second stage's width",
     Reason.FS_WRITE: "no write permission in a first-stage entry",
-    Reason.INTERRUPT: "a read of the interrupt address range",
+    Reason.INTERRUPT: "the interrupt address range is no memory",
     Reason.FS_NO_SNOOP: "a first-stage A or D bit must be set and page walks do not snoop",
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import structs
 
@@ -34,6 +35,13 @@ SECOND_FLAGS = (
 )
 
 
+class TornDown(NamedTuple):
+    """What intel_pasid_tear_down_entry() has done: the entry as it was, and the stores in their order."""
+
+    words: tuple[int, ...]
+    stores: list[str]
+
+
 class Vtd(VtdHardware):
     """One VT-d unit: struct iommu_ops, and the invalidations that the driver sends to the hardware below it."""
 
@@ -47,9 +55,8 @@ class Vtd(VtdHardware):
         self.reserved = description.reserved
         self.blocked_domain: Domain = VtdBlocked(self)
         self.vendor_replace = description.replace == "vendor"  # replay the driver's own stores
-        self._torn_down: tuple[tuple[int, ...], list[str]] | None = None
         self._dids: dict[VtdDomain, list[int]] = {}  # id, users
-        self._taken: set[int] = set()
+        self._taken: Counter[int] = Counter()  # domains by id: two only while one takes over from the other
 
     def new_device(self, description: DeviceDescription, group: IommuGroup) -> Endpoint:
         """A function behind this unit; what the unit does not support is off."""
@@ -130,22 +137,34 @@ class Vtd(VtdHardware):
 
     # ---- domain ids ----
 
-    def get_did(self, domain: VtdDomain) -> int:
-        """domain_attach_iommu(): the domain's id on this unit; ENOSPC."""
+    def get_did(self, domain: VtdDomain, leaving: Domain | None = None) -> int:
+        """domain_attach_iommu(): the domain's id on this unit; ENOSPC.
+
+        leaving: what the driver has taken from the device before, so that its id is free if nobody else used it.
+        """
         held = self._dids.get(domain)
         if held is not None:
             held[1] += 1
             return held[0]
-        did = next((n for n in range(FIRST_DID, self.description.domain_ids) if n not in self._taken), None)
-        if did is None:
-            raise ENOSPC("no domain id is free")
-        self._taken.add(did)
+        did = self._free_did(leaving)
+        self._taken[did] += 1
         self._dids[domain] = [did, 1]
-        if isinstance(domain, VtdPaging):
-            self.set_root(domain.root, domain)
-        elif isinstance(domain, VtdNested):
-            self.set_root(domain.parent.root, domain.parent)
+        domain.units[self] = None
+        paging = domain.parent if isinstance(domain, VtdNested) else domain
+        if isinstance(paging, VtdPaging):
+            self.set_root(paging.root, paging)
+            paging.units[self] = None
         return did
+
+    def _free_did(self, leaving: Domain | None) -> int:
+        count = 1 << 4 + 2 * (self.cap & 7)  # cap_ndoms()
+        did = next((n for n in range(FIRST_DID, count) if n not in self._taken), None)
+        if did is not None:
+            return did
+        held = self._dids.get(leaving) if isinstance(leaving, VtdDomain) else None
+        if held is None or held[1] > 1:
+            raise ENOSPC("no domain id is free")
+        return held[0]
 
     def put_did(self, domain: VtdDomain) -> None:
         """domain_detach_iommu()"""
@@ -153,7 +172,9 @@ class Vtd(VtdHardware):
         held[1] -= 1
         if not held[1]:
             del self._dids[domain]
-            self._taken.discard(held[0])
+            self._taken[held[0]] -= 1
+            if not self._taken[held[0]]:
+                del self._taken[held[0]]
 
     def did(self, domain: VtdDomain) -> int:
         return self._dids[domain][0]
@@ -167,16 +188,18 @@ class Vtd(VtdHardware):
 
     # ---- switching ----
 
-    def before_attach(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
+    def before_attach(self, dev: Endpoint, pasid: int) -> TornDown | None:
         """quirk, in mode vendor: the RID is blocked before anything is checked, and stays so when that fails."""
-        if self.vendor_replace and pasid == IOMMU_NO_PASID:
-            self._torn_down = self._tear_down(dev, pasid)
+        return self._tear_down(dev, pasid) if self.vendor_replace and pasid == IOMMU_NO_PASID else None
 
-    def switch(self, dev: Endpoint, pasid: int, old: Domain | None, new: VtdDomain, words: tuple[int, ...]) -> None:
+    def switch(
+        self, dev: Endpoint, pasid: int, old: Domain | None, new: VtdDomain, words: tuple[int, ...],
+        torn_down: TornDown | None = None,
+    ) -> None:  # fmt: skip
         """Store a PASID-table entry for new in the place of old's, and drop what was cached of old's."""
         switch = Switch(dev, pasid, old, new)
         if self.vendor_replace:
-            self._vendor_switch(switch, words)
+            self._vendor_switch(switch, words, torn_down or self._tear_down(dev, pasid))
         else:
             before = self.table(dev).read(pasid)
             self.table(dev).publish(pasid, words)
@@ -209,7 +232,7 @@ class Vtd(VtdHardware):
         self.drop_devtlb(dev, pasid)
         yield "the device TLB invalidation"
 
-    def _tear_down(self, dev: Endpoint, pasid: int) -> tuple[tuple[int, ...], list[str]]:
+    def _tear_down(self, dev: Endpoint, pasid: int) -> TornDown:
         """intel_pasid_tear_down_entry(): the entry as it was, and the stores made, in their order."""
         table = self.table(dev)
         words = table.read(pasid)
@@ -222,13 +245,12 @@ class Vtd(VtdHardware):
                 if value:
                     table.store(pasid, word, 0)
                     done.append(f"word {word} cleared")
-        return words, done
+        return TornDown(words, done)
 
-    def _vendor_switch(self, switch: Switch, words: tuple[int, ...]) -> None:
+    def _vendor_switch(self, switch: Switch, words: tuple[int, ...], torn_down: TornDown) -> None:
         """Tear down, then build with P last (intel_pasid_setup_*); what a walk sees is noted after every store."""
         dev, pasid, table = switch.dev, switch.pasid, self.table(switch.dev)
-        before, done = self._torn_down or self._tear_down(dev, pasid)
-        self._torn_down = None
+        before, done = torn_down
 
         def note(what: str) -> None:
             switch.stores.append(Store(what, self.sees(dev, pasid, before, words)))

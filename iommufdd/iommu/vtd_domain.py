@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
-from iommufdd.errors import EINVAL, ENODEV, EOPNOTSUPP, IommufdError
+from iommufdd.errors import EINVAL, ENODEV, EOPNOTSUPP
 from iommufdd.user import PAGE_SIZE
 
 from .dirty import DirtyBits
 from .endpoint import Endpoint
 from .ops import IOMMU_NO_PASID, Device, Domain, DomainType
-from .vtd_pasid import ABSENT, FIRST, NESTED, SECOND, PasidEntry
+from .vtd_pasid import ABSENT, FIRST, NESTED, POINTER, SECOND, PasidEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ class VtdDomain(Domain):
     def __init__(self, owner: Vtd) -> None:
         super().__init__(owner)
         self.tags: dict[tuple[Endpoint, int], None] = {}
+        self.units: dict[Vtd, None] = {owner: None}  # those that have ever used it
 
     def attach_dev(self, dev: Device, old: Domain | None) -> None:
         """EINVAL, ENODEV, ENOSPC; see _attach()."""
@@ -50,21 +52,20 @@ class VtdDomain(Domain):
     def _attach(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
         """Check, take an id and page faults, then switch the hardware; undone in turn when something refuses."""
         iommu = iommu_of(dev)
-        iommu.before_attach(dev, pasid, old)
+        torn_down = iommu.before_attach(dev, pasid)
         self.compatible(iommu)
-        did = iommu.get_did(self)
-        try:
-            self._enable_iopf(dev)
-            try:
-                entry = self.pasid_entry(iommu, did)
-            except IommufdError:
-                dev.iopf.disable(self)
-                raise
-        except IommufdError:
-            iommu.put_did(self)
-            raise
+        with ExitStack() as undo:
+            iopf_first = self.type is DomainType.PAGING and pasid == IOMMU_NO_PASID
+            if iopf_first:
+                self._enable_iopf(dev, undo)
+            did = iommu.get_did(self, leaving=old if pasid == IOMMU_NO_PASID else None)
+            undo.callback(iommu.put_did, self)
+            if not iopf_first:
+                self._enable_iopf(dev, undo)
+            entry = self.pasid_entry(iommu, did)
+            undo.pop_all()
         self.tags[dev, pasid] = None
-        iommu.switch(dev, pasid, old, self, entry.pack())
+        iommu.switch(dev, pasid, old, self, entry.pack(), torn_down)
         self._leave(dev, pasid, old)
 
     def _leave(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
@@ -75,14 +76,19 @@ class VtdDomain(Domain):
                 iommu_of(dev).put_did(old)
         dev.iopf.disable(old)
 
-    def _enable_iopf(self, dev: Endpoint) -> None:
+    def _enable_iopf(self, dev: Endpoint, undo: ExitStack) -> None:
         """intel_iommu_enable_iopf(): ENODEV."""
         if self.iopf_handler is not None and not dev.pri:
             raise ENODEV(f"{dev.name} has no page requests (PRI)")
         dev.iopf.enable(self)
+        undo.callback(dev.iopf.disable, self)
 
     def compatible(self, iommu: Vtd) -> None:
         """paging_domain_compatible(): EINVAL."""
+
+    def free(self) -> None:
+        for unit in self.units:
+            unit.freed(self)
 
     def pasid_entry(self, iommu: Vtd, did: int) -> PasidEntry:
         """The PASID-table entry that attaches this domain."""
@@ -174,6 +180,7 @@ class VtdPaging(VtdDomain):
 
     def flush(self, iova: int, last: int) -> None:
         """cache_tag_flush_range() over the domain's own tags and those of nested domains."""
+        iova, last = cover(iova, last)
         for dev, pasid in self.tags:
             iommu_of(dev).flush_paging(self, dev, pasid, iova, last)
         for child in self.children:
@@ -185,9 +192,6 @@ class VtdPaging(VtdDomain):
         for domain in (self, *self.children):
             for dev, pasid in domain.tags:
                 yield domain, dev, pasid
-
-    def free(self) -> None:
-        self.owner.freed(self)
 
 
 class VtdDirty(DirtyBits):
@@ -237,7 +241,7 @@ class VtdNested(VtdDomain):
             present=True, pgtt=NESTED, aw=AW[self.parent.levels], did=did, pwsnp=d.coherent_walk,
             ssade=self.parent.tracking, ssptptr=self.parent.root, sre=sre,
             wpe=sre and bool(flags & uapi.IOMMU_VTD_S1_WPE), eafe=bool(flags & uapi.IOMMU_VTD_S1_EAFE),
-            fspm=int(self.config.addr_width == 57), fsptptr=self.config.pgtbl_addr & 0x000F_FFFF_FFFF_F000,
+            fspm=int(self.config.addr_width == 57), fsptptr=self.config.pgtbl_addr & POINTER,
         )  # fmt: skip
 
     def _leave(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
@@ -268,7 +272,7 @@ class VtdNested(VtdDomain):
     def free(self) -> None:
         """intel_nested_domain_free()"""
         del self.parent.children[self]
-        self.owner.freed(self)
+        super().free()
 
 
 def cover(start: int, last: int) -> tuple[int, int]:

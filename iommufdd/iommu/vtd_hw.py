@@ -44,7 +44,7 @@ class VtdHardware:
         self.ecap = ecap(description)
         self.iotlb = Tlb(description.caches)  # a space per (domain id, PASID); PASID -1: second stage, -2: table pages
         self.contexts: ContextCache[Context] = ContextCache(description.caches)  # the PASID cache
-        self._roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
+        self.roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
         self._decoded: dict[tuple[int, tuple[int, ...]], Context] = {}  # what bytes mean, while the roots are the same
         self.monitors: list[Monitor] = []
         self.faults: deque[FaultRecord] = deque(maxlen=FAULTS_KEPT)
@@ -61,12 +61,12 @@ class VtdHardware:
 
     def set_root(self, address: int, domain: VtdPaging | None) -> None:
         """A table of the kernel's own lies at an address, or no longer."""
-        if self._roots.get(address) is not domain:
+        if self.roots.get(address) is not domain:
             self._decoded.clear()
             if domain is None:
-                del self._roots[address]
+                del self.roots[address]
             else:
-                self._roots[address] = domain
+                self.roots[address] = domain
 
     def _was_stored(self, dev: Endpoint, pasid: int) -> None:
         if self.stored is not None:
@@ -142,7 +142,7 @@ class VtdHardware:
             raise _refusal(Reason.PASID_INVALID)
         if pgtt != SECOND and (entry.fspm > 1 or (entry.fspm == 1 and 5 not in d.levels)):
             raise _refusal(Reason.PASID_INVALID)
-        domain = self._roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
+        domain = self.roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
         if domain is None:
             raise _refusal(Reason.FS_ROOT_ACCESS if pgtt == FIRST else Reason.SS_ROOT)
         space = self.iotlb.space((entry.did, -1 if pgtt == SECOND else pasid))

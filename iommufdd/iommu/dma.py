@@ -79,6 +79,8 @@ class Dma:
             return self._refused(fault)
         count = min(self.length - self.done, entry.last - iova + 1, STRETCH)
         self.retries = 0
+        for monitor in self.dev.iommu.monitors:
+            monitor.moving(self.dev, self.pasid, iova, count, self.access, entry)
         if not self._move(entry, iova - entry.first + entry.pos, count):
             return self.state
         self.done += count

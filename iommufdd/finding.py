@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from .iommu.walk import TranslationFault, describe
+from .iommu.walk import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Outcome(enum.Enum):
 
 
 class Change(NamedTuple):
-    """An entry of the user's table: as the cached walk has read it, and as it is."""
+    """An entry of the user's table: as the cached walk has read it, and as it is, but for what hardware sets."""
 
     stage: int
     level: int
@@ -45,26 +45,22 @@ class Change(NamedTuple):
         )
 
 
-def changed(
-    then: Sequence[Step], now: Sequence[Step], fault: TranslationFault | None, ignored: int
-) -> tuple[Change | None, bool]:
+def changed(then: Sequence[Step], now: Sequence[Step], ignored: int) -> tuple[Change | None, bool]:
     """The entry because of which two walks of one address differ, and whether it leads to another table.
 
-    ignored: bits that hardware sets by itself. fault: how the walk of now has ended. None when no entry differs that
-    was read from memory: what a kernel has written into its own tables has changed.
+    ignored: bits that hardware sets by itself. None when no entry differs that was read from memory: what a kernel
+    has written into its own tables has changed.
     """
     both = list(zip(then, now, strict=False))
     common = next((at for at, (a, b) in enumerate(both) if a.address != b.address), len(both))
     differ = [at for at in range(common) if (both[at][0].entry ^ both[at][1].entry) & ~ignored]
     if not differ:
         return None, False
-    at = differ[-1]
-    if common == len(both) and fault is not None:
-        stopped = (fault.stage, fault.level)
-        at = next((each for each in differ if both[each][0][:2] == stopped), at)
+    at = differ[-1]  # the one that leads elsewhere, or where the walk of now has stopped
     old, new = both[at]
     leaf = at == len(then) - 1 and at == len(now) - 1
-    return Change(*old, new.entry, leaf), common < len(both)
+    change = Change(old.stage, old.level, old.address, old.entry & ~ignored, new.entry & ~ignored, leaf)
+    return change, common < len(both)
 
 
 class Use(NamedTuple):

@@ -132,18 +132,17 @@ class Sanitizer(Monitor):
 
     def _check(self, use: Use, entry: TlbEntry) -> None:
         dev, pasid, iova, access = use
-        fault: TranslationFault | None = None
         try:
             fresh = dev.iommu.walk_fresh(dev, pasid, iova, access)
-        except TranslationFault as stopped:
-            fault, steps, says = stopped, stopped.steps, str(stopped)
+        except TranslationFault as fault:
+            steps, says = fault.steps, str(fault)
             self._fresh_last = entry.last
         else:
             self._fresh_last = fresh.last
             if entry.same_as(fresh):
                 return
             steps, says = fresh.steps, gave(fresh, iova, nested=bool(fresh.steps))
-        change, _ = changed(entry.steps, steps, fault, self._ignored(dev))
+        change, _ = changed(entry.steps, steps, self._ignored(dev))
         key = use.dev, use.pasid, entry.first, change
         finding = self._known(key, use)
         if finding is None:
@@ -190,7 +189,7 @@ class Sanitizer(Monitor):
             fresh = use.dev.iommu.walk_fresh(*use)
         except TranslationFault:
             return
-        change, moved = changed(fault.steps, fresh.steps, None, self._ignored(use.dev))
+        change, moved = changed(fault.steps, fresh.steps, self._ignored(use.dev))
         key = use.dev, use.pasid, use.iova >> 12, change, "refused"
         if change is None or not moved or self._known(key, use, may_fail=False) is not None:
             return

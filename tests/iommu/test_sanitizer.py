@@ -14,9 +14,9 @@ from iommufdd.iommu.dma import Op, State
 from iommufdd.sanitizer import MAX_PENDING, MAX_REPORTED, Mode
 from tests.core.harness import FAULT, PASID
 
-from .right import RIGHT, Right
+from .right import RIGHT, Right, must_be_left_alone
 from .vmm import IOVA, LEAF, M2, A, B, C, Vmm, forgetful, fresh_table
-from .wrong import WRONG, Said
+from .wrong import WRONG, Said, must_be_told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,29 +24,12 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("program", WRONG, ids=lambda program: program.__name__)
 def test_a_wrong_program_is_told(program: Callable[[], tuple[Vmm, Said]]) -> None:
-    vmm, said = program()
-    assert not vmm.sanitizer.reported, "the flush might still come"
-    (finding,) = vmm.end()
-    text = "\n".join(finding.lines())
-    assert finding.outcome is Outcome.NEVER
-    assert finding.change is not None, text
-    assert (finding.change.stage, finding.change.level) == (1, said.level), text
-    assert finding.use.iova == said.iova, text
-    assert finding.cache == said.cache, text
-    assert finding.right == said.right.format(hwpt=vmm.hwpt), text
-    if said.came:
-        assert said.came.format(hwpt=vmm.hwpt) in "\n".join(finding.came), text
-    else:
-        assert not finding.came, text
+    must_be_told(*program())
 
 
 @pytest.mark.parametrize("program", RIGHT, ids=lambda program: program.__name__)
 def test_a_right_program_is_left_alone(program: Callable[[], tuple[Vmm, Right]]) -> None:
-    vmm, right = program()
-    assert vmm.end() == []
-    counts = vmm.sanitizer.counts
-    assert (counts.never, counts.raced) == (0, right.raced)
-    assert counts.checked > 0
+    must_be_left_alone(*program())
 
 
 def test_the_report_reads_like_this() -> None:

@@ -33,7 +33,9 @@ def a_4k_page_is_moved() -> tuple[Vmm, Said]:
 
 
 def a_page_is_unmapped() -> tuple[Vmm, Said]:
+    """What was flushed before is no attempt at this."""
     vmm = Vmm()
+    vmm.flush(IOVA + 0x1000, 1)
     vmm.table.map(IOVA, A)
     vmm.write()
     vmm.table.unmap(IOVA)
@@ -153,7 +155,8 @@ def the_wrong_hwpt_of_two_is_flushed() -> tuple[Vmm, Said]:
     vmm.lab.read(other, IOVA)
     vmm.table.map(IOVA, B)
     vmm.flush(IOVA, 1, LEAF, hwpt=second)
-    vmm.lab.read(other, IOVA)
+    vmm.read()
+    vmm.lab.read(other, IOVA)  # sets A in the new entry, which changes nothing
     vmm.read()
     came = f"HWPT_INVALIDATE {{{{addr 0x7f1234567000, npages 1, LEAF}}}} on hwpt {second}: it is tagged for another"
     return vmm, Said(1, ONE, came=came)
@@ -192,6 +195,20 @@ def leaf_is_given_although_a_table_changed() -> tuple[Vmm, Said]:
     vmm.read()
     came = "npages 1, LEAF}} on hwpt {hwpt}: LEAF leaves the tables that are kept"
     return vmm, Said(2, TABLE_2M, cache="paging-structure cache", came=came)
+
+
+def leaf_is_given_and_the_device_tlb_is_clean() -> tuple[Vmm, Said]:
+    """The IOTLB served it, which other devices fill too."""
+    vmm = Vmm(ats=True)
+    other = vmm.lab.device()
+    vmm.lab.attach(other, vmm.hwpt)
+    vmm.table.map(IOVA, A)
+    vmm.lab.read(other, IOVA)
+    fresh_table(vmm, B)
+    vmm.read()
+    vmm.flush(IOVA, 1, LEAF)
+    right = "HWPT_INVALIDATE {{addr 0x7f1234400000, npages 512}} without LEAF on hwpt {hwpt} (IOTLB and device TLB)"
+    return vmm, Said(2, right, came="on hwpt {hwpt}: LEAF leaves the tables that are kept")
 
 
 def a_device_tlb_is_forgotten() -> tuple[Vmm, Said]:
@@ -301,7 +318,26 @@ WRONG = (
     a_table_page_is_replaced, write_permission_is_taken, write_permission_is_taken_from_a_whole_table,
     the_root_is_cleared, the_wrong_page_is_flushed, too_few_pages_are_flushed, the_wrong_hwpt_of_two_is_flushed,
     the_other_pasids_hwpt_is_flushed, a_hwpt_that_no_device_uses_is_flushed, leaf_is_given_although_a_table_changed,
-    a_device_tlb_is_forgotten, one_of_two_devices_is_forgotten, a_table_is_freed_and_used_again, five_levels,
-    it_is_flushed_before_the_change, it_is_flushed_between_two_changes,
+    leaf_is_given_and_the_device_tlb_is_clean, a_device_tlb_is_forgotten, one_of_two_devices_is_forgotten,
+    a_table_is_freed_and_used_again, five_levels, it_is_flushed_before_the_change, it_is_flushed_between_two_changes,
     the_first_stage_of_a_kernel_flush_is_not_the_guests, a_fault_that_memory_does_not_explain,
 )  # fmt: skip
+
+
+def must_be_told(vmm: Vmm, said: Said) -> None:
+    """Nothing is reported while the flush might still come; at the end one finding, which says all of it."""
+    assert not vmm.sanitizer.reported
+    findings = vmm.end()
+    assert len(findings) == 1, [str(finding) for finding in findings]
+    finding, change = findings[0], findings[0].change
+    text = "\n".join(finding.lines())
+    assert finding.outcome.name == "NEVER"
+    assert change is not None, text
+    assert (change.stage, change.level) == (1, said.level), text
+    assert finding.use.iova == said.iova, text
+    assert finding.cache == said.cache, text
+    assert finding.right == said.right.format(hwpt=vmm.hwpt), text
+    if said.came:
+        assert said.came.format(hwpt=vmm.hwpt) in "\n".join(finding.came), text
+    else:
+        assert not finding.came, text

@@ -85,6 +85,8 @@ class Dma:
         left = self.length - self.done
         count = left if left <= STRETCH and iova + left - 1 <= entry.last else min(left, entry.last - iova + 1, STRETCH)
         self.retries = 0
+        for monitor in self.dev.iommu.monitors:
+            monitor.moving(self.dev, self.pasid, iova, count, self.access, entry)
         if not self._move(entry, iova - entry.first + entry.pos, count):
             return self.state
         self.done += count

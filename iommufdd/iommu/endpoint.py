@@ -104,12 +104,17 @@ class Endpoint(Device):
                 granted = iommu.translate(self, pasid, iova, access)
                 found = TlbEntry(granted.first, granted.last, granted.file, granted.pos, granted.allowed,
                                  ipa=granted.ipa, raw_steps=granted.raw_steps)  # fmt: skip
+                found.origin = granted
                 space.insert(found)
             entry = found
         if iommu.monitors:
             for monitor in iommu.monitors:
                 monitor.used(self, pasid, iova, access, entry)
         return entry
+
+    def waiting(self, group: int) -> Dma | None:
+        """The transfer that waits for a page request group."""
+        return self._waiting.get(group)
 
     def dma(self, dma: Dma) -> Dma:
         """Queue a transfer."""

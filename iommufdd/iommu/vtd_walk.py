@@ -86,12 +86,13 @@ class Context:
 class Walk:
     """One translation of one context."""
 
-    __slots__ = ("_cached", "_context", "_hw", "_level", "_seen", "_steps")
+    __slots__ = ("_before", "_cached", "_context", "_hw", "_level", "_seen", "_steps")
 
     def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
         self._hw = hw
         self._context = context
         self._cached = cached
+        self._before: tuple[RawStep, ...] = ()  # the entries that led to the table where this walk begins
         self._steps: list[RawStep] = []
         self._level = 0  # of the first-stage entry that is read first
         self._seen: tuple[int, int, memoryview, int] = _NOWHERE  # guest memory found last: from, to, view, offset in it
@@ -108,7 +109,7 @@ class Walk:
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(map(Step._make, self._steps))
+            fault.steps = tuple(map(Step._make, (*self._before, *self._steps)))
             raise
         entry.allowed &= self._context.consent
         if entry.first < INTERRUPTS.stop and entry.last >= INTERRUPTS.start:
@@ -177,16 +178,16 @@ class Walk:
     def _nested(self, iova: int, access: int) -> TlbEntry:
         kept = self._kept(iova, access) if self._cached else None
         start, before = kept or (self._context.start, ())
+        self._before = before
         self._level = start.level
         steps = self._steps
         fetch, update = (self._fetch, self._update) if self._cached else (self._fetch_fresh, None)
         leaf = walk(fetch, update, start, self._context.rules, iova, access, steps)
         if self._cached:
             self._keep(start, before, iova)
-        steps[:0] = before
         gpa = leaf.out + iova - leaf.first
         extent, rights = self._second(gpa, access, During.ACCESS)
-        return _combined(leaf, iova, gpa, extent, rights, tuple(steps))
+        return _combined(leaf, iova, gpa, extent, rights, (*before, *steps))
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)

@@ -1,4 +1,4 @@
-"""A machine instance: what is global to a kernel. IOMMUs, users, and the selftest's settings."""
+"""A machine instance: what is global to a kernel. IOMMUs, devices, users, and the selftest's settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .user import User
 
 if TYPE_CHECKING:
+    from .iommu.ops import Device, IommuOps
     from .iommu.selftest_ops import SelftestIommu
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
@@ -18,6 +19,8 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu) -> None:
         self.name = name
         self.mock = mock
+        self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
+        self.devices: dict[str, Device] = {}  # those described, by name
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -90,17 +90,15 @@ class Instances:
 
     def open(self, name: str, uid: int, *, container: bool = False) -> OpenContext:
         """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
-        instance = self._named.get(name)
-        if instance is None:
-            instance = Instance(self, self._new_machine(name))
+        instance = self.join(name)
         context = OpenContext(instance, uid, container=container)
-        if name:
-            self._named[name] = instance
+        if instance.machine.name:
+            self._named[instance.machine.name] = instance
         return context
 
     def join(self, name: str) -> Instance:
         """The machine of that name if a context is open on it, else a new one; for contexts opened later."""
-        return self._named.get(name) or Instance(self, self._new_machine(name))
+        return self._named.get(name.partition("@")[0]) or Instance(self, self._new_machine(name))
 
     def find(self, fd: int) -> OpenContext:
         """The context that a descriptor identifies; EBADFD."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .iommu.dma import DmaQueue
 from .user import User
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Machine:
         self.mock = mock
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
         self.devices: dict[str, Device] = {}  # those described, by name
+        self.dma = DmaQueue()  # what they do
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

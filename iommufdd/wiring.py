@@ -42,4 +42,6 @@ def add_devices(machine: Machine, description: MachineDescription) -> None:
         group = IommuGroup(iommu.blocked_domain)
         if device.group is not None:
             group = groups.setdefault(device.group, group)
-        machine.devices[device.name] = iommu.new_device(device, group)
+        endpoint = iommu.new_device(device, group)
+        endpoint.queue = machine.dma
+        machine.devices[device.name] = endpoint

@@ -6,6 +6,7 @@ Each step is atomic: it sees one translation, the old or the new one of a replac
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -178,8 +179,8 @@ class Pumping(Protocol):
         """There is something to do again."""
         ...
 
-    def parked(self, dma: Dma) -> None:
-        """It waits for a page. DmaQueue.parked has it until it goes on or ends."""
+    def parked(self, dma: Dma) -> float:
+        """It waits for a page, until when: whoever has a clock calls Endpoint.time_out() then."""
         ...
 
 
@@ -188,7 +189,7 @@ class DmaQueue:
 
     def __init__(self) -> None:
         self.running: deque[Dma] = deque()
-        self.parked: dict[Dma, None] = {}
+        self.parked: dict[Dma, float] = {}  # and until when, by the clock of who pumps
         self.pumping: Pumping | None = None
 
     def submit(self, dma: Dma) -> None:
@@ -225,6 +226,4 @@ class DmaQueue:
         self.parked.pop(dma, None)
 
     def _park(self, dma: Dma) -> None:
-        self.parked[dma] = None
-        if self.pumping is not None:
-            self.pumping.parked(dma)
+        self.parked[dma] = math.inf if self.pumping is None else self.pumping.parked(dma)

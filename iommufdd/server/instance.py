@@ -16,6 +16,7 @@ from .files import FileKey, file_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
 
     from .channel import Channel
@@ -32,6 +33,7 @@ class Instance:
         self.instances = instances
         self.machine = machine
         self.contexts: set[OpenContext] = set()
+        machine.dma.pumping = instances.pumping
 
 
 class ServedContext(Context):
@@ -81,6 +83,7 @@ class Instances:
     def __init__(self, new_machine: Callable[[str], Machine], nofile: Nofile) -> None:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
+        self.pumping: Pumping | None = None  # of every machine's DMA
         self._new_machine = new_machine
         self._named: dict[str, Instance] = {}
 

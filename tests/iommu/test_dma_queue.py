@@ -26,8 +26,9 @@ class Heard:
     def work(self, queue: DmaQueue) -> None:
         self.works += 1
 
-    def parked(self, dma: Dma) -> None:
+    def parked(self, dma: Dma) -> float:
         self.waiting.append(dma)
+        return 10.0 + len(self.waiting)
 
 
 def faulting(lab: Lab) -> tuple[IommufdDevice, int]:
@@ -84,7 +85,8 @@ def test_who_pumps_hears_of_those_that_wait() -> None:
     heard = Heard(queue)
     dma = endpoint(idev).dma(lab.dma(idev, Op.READ, 0x5000, 8))
     assert not queue.pump(10, PAGE)
-    assert heard.waiting == list(queue.parked) == [dma]
+    assert heard.waiting == [dma]
+    assert queue.parked == {dma: 11.0}
     answer(lab, fd, request(lab, fd).cookie, uapi.IOMMUFD_PAGE_RESP_SUCCESS)
     assert (dma.state, dma.fault, list(queue.parked), list(queue.running)) == (State.RUNNING, None, [], [dma])
     assert heard.works == 2

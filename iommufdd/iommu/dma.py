@@ -10,6 +10,8 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from iommufdd.errors import IommufdError
+
 from .walk import READ, WRITE
 
 if TYPE_CHECKING:
@@ -84,7 +86,11 @@ class Dma:
             return self._refused(fault)
         count = min(self.length - self.done, entry.last - iova + 1, STRETCH)
         self.retries = 0
-        if not self._move(entry, iova - entry.first + entry.pos, count):
+        try:
+            if not self._move(entry, iova - entry.first + entry.pos, count):
+                return self.state
+        except IommufdError:  # private memory of a process that has ended
+            self._gone(entry, 0)
             return self.state
         self.done += count
         return self.end(State.DONE) if self.done == self.length else State.RUNNING

@@ -6,11 +6,15 @@ import pytest
 
 import iommufd_uapi.iommufd as uapi
 from iommufdd.device import IommufdDevice
+from iommufdd.errors import EFAULT
 from iommufdd.iommu.dma import STRETCH, Dma, DmaQueue, Op, State
+from iommufdd.iommu.vtd_regs import Reason
 from iommufdd.wiring import new_machine
-from tests.core.harness import FAULT
+from tests.core.harness import FAULT, RW
+from tests.core.world import Memfd
 
-from .lab import Lab, endpoint
+from .lab import GuestRam, Lab, endpoint
+from .tables import X86Table
 
 PAGE = 4096
 
@@ -159,3 +163,41 @@ def test_devices_of_a_machine_share_its_queue() -> None:
     machine, other = new_machine("@vtd"), new_machine("@vtd")
     assert {id(dev.queue) for dev in machine.devices.values()} == {id(machine.dma)}  # type: ignore[attr-defined]
     assert machine.dma is not other.dma
+
+
+class Gone(Memfd):
+    """Private memory of a process that may end."""
+
+    ended = False
+
+    def view(self, end: int) -> memoryview | None:
+        return None
+
+    def pread(self, pos: int, length: int) -> bytes:
+        if self.ended:
+            raise EFAULT("gone")
+        return super().pread(pos, length)
+
+    def pwrite(self, pos: int, data: bytes) -> int:
+        if self.ended:
+            raise EFAULT("gone")
+        return super().pwrite(pos, data)
+
+
+def test_memory_that_went_with_its_process() -> None:
+    lab = Lab()
+    idev = lab.device()
+    ioas = lab.c.ioas_alloc()
+    file = Gone(16)
+    lab.c.map(ioas, lab.c.process.map(file), 16 * PAGE, 0, RW)
+    table = X86Table(GuestRam(file), 0x1000)
+    table.map(0x7000, 0x8000)
+    table.map(0x9000, 0xA000)
+    lab.attach(idev, lab.nested(idev, lab.parent(idev, ioas), table.root))
+    lab.write(idev, 0x7000, b"there")
+    file.ended = True
+    for op in (Op.READ, Op.WRITE):
+        dma = lab.dma(idev, op, 0x7000, 8)
+        assert dma.run() is State.FAILED
+        assert dma.error == "the memory behind iova 0x7000 is gone"
+    assert lab.fault(idev, 0x9000) == Reason.FS_ACCESS  # the table is gone too

@@ -54,11 +54,13 @@ class TranslatingIommu(IommuOps, Protocol):
 class Counters:
     """What a device has done."""
 
-    __slots__ = ("completed", "failed", "invalid", "page_requests", "read", "timeouts", "withdrawn", "written")
+    __slots__ = ("completed", "failed", "faults", "invalid", "page_requests", "read", "timeouts", "withdrawn",
+                 "written")  # fmt: skip
 
     def __init__(self) -> None:
         self.read = self.written = 0  # bytes
         self.completed = self.failed = 0  # transfers
+        self.faults = 0  # that the IOMMU has recorded
         self.page_requests = 0
         self.invalid = 0  # answered INVALID by the user or the driver
         self.withdrawn = 0  # answered INVALID because the attachment ended

@@ -8,10 +8,14 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufd_uapi import admin
+from iommufdd.device import IommufdDevice
 from iommufdd.ioas import Ioas
+from iommufdd.iommu.dma import State
+from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.objects import IommufdObject
 
 from .credentials import CAPABILITIES
+from .instance import ServedContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +66,34 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
         instance.machine.name,
         [admin.User(user.uid, user.locked_vm) for user in sorted(users, key=lambda user: user.uid)],
         [_context(server, context) for context in contexts],
+        [_endpoint(dev) for dev in instance.machine.devices.values() if isinstance(dev, Endpoint)],
     )
+
+
+def _endpoint(dev: Endpoint) -> admin.Endpoint:
+    features = [name for name, has in (("ats", dev.ats), ("pri", dev.pri), ("pasid", dev.max_pasids)) if has]
+    counters, queue = dev.counters, dev.queue
+    return admin.Endpoint(
+        dev.name,
+        dev.description.bdf,
+        dev.description.iommu,
+        features,
+        _attachments(dev),
+        **{name: getattr(counters, name) for name in counters.__slots__},
+        running=sum(dma.dev is dev and dma.state is State.RUNNING for dma in queue.running),
+        waiting=sum(dma.dev is dev for dma in queue.parked),
+    )
+
+
+def _attachments(dev: Endpoint) -> list[admin.Attachment]:
+    found = []
+    for pasid, handle in sorted(dev.group.handles.items()):
+        idev = handle.idev
+        if isinstance(idev, IommufdDevice) and isinstance(idev.ictx, ServedContext):
+            hwpt = idev.igroup.pasid_attach[pasid].hwpt
+            inode = idev.ictx.opened.key[1]
+            found.append(admin.Attachment(pasid or None, hwpt.type.name, hwpt.id, inode))
+    return found
 
 
 def _context(server: Server, context: OpenContext) -> admin.Context:

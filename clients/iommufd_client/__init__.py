@@ -13,10 +13,13 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .admin import Admin as Admin
     from .call import IommufdOSError as IommufdOSError
     from .channel import Batch as Batch
     from .channel import ProtocolError as ProtocolError
     from .connection import Connection as Connection
+    from .endpoint import DmaError as DmaError
+    from .endpoint import Endpoint as Endpoint
     from .files import Fd as Fd
     from .files import File as File
     from .guest import GuestMemory as GuestMemory
@@ -28,10 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Admin": "admin",
     "IommufdOSError": "call",
     "Batch": "channel",
     "ProtocolError": "channel",
     "Connection": "connection",
+    "DmaError": "endpoint",
+    "Endpoint": "endpoint",
     "Fd": "files",
     "File": "files",
     "GuestMemory": "guest",

@@ -164,7 +164,7 @@ class Dma:
             return True
         at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(got))
         self.done += at
-        self.fail(f"differs at byte {self.done:#x} (iova {self.iova + self.done:#x})")
+        self.fail(f"differs at iova {self.iova + self.done:#x}")
         return False
 
     def _pattern(self, count: int) -> bytearray:

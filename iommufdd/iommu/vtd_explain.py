@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .endpoint import Endpoint
+    from .ops import Translation
     from .tlb import Space, TlbEntry
     from .vtd_hw import VtdHardware
     from .vtd_walk import Context
@@ -83,20 +84,26 @@ def pasid_bits(e: PasidEntry) -> str:
     return " ".join(field for field in fields if field)
 
 
+def _kernels(what: str, depth: int, table: Translation | None, at: int) -> Row:
+    """A look into a table that has no bytes."""
+    mapped = table is not None and table.extent(at) is not None
+    return Row(what, depth, bits="" if mapped else "nothing is mapped", table=table, at=at)
+
+
 def _stages(
     context: Context, steps: tuple[Step, ...], entry: TlbEntry | None, fault: TranslationFault | None, iova: int
 ) -> Iterator[Row]:
     kernels = context.domain.translation
     if context.entry.pgtt != NESTED:
-        yield Row("stage 1" if context.entry.pgtt == FIRST else "stage 2", table=kernels, at=iova)
+        yield _kernels("stage 1" if context.entry.pgtt == FIRST else "stage 2", 0, kernels, iova)
         return
     for step in steps:
-        yield Row("stage 2", 1, table=kernels, at=step.address)
+        yield _kernels("stage 2", 1, kernels, step.address)
         yield step_row(step)
     if entry is not None:
-        yield Row("stage 2", 1, table=kernels, at=entry.ipa + iova - entry.first)
+        yield _kernels("stage 2", 1, kernels, entry.ipa + iova - entry.first)
     elif fault is not None and fault.stage == 2 and fault.during is not During.UPDATE:
-        yield Row("stage 2", 1, table=kernels, at=fault.addr)
+        yield _kernels("stage 2", 1, kernels, fault.addr)
 
 
 # ---- caches ------------------------------------------------------------------------------------------------

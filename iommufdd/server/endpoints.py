@@ -89,10 +89,11 @@ async def transfer(server: Server, fd: int, request: admin.Dma) -> admin.Reply:
             hang_up.end()
             dma.cancel("the daemon stops")
     data = bytes(dma.data[: dma.done]) if dma.op is Op.READ else b""
-    fault = None
-    if dma.error and dma.fault is not None:
-        fault = refusal(dev, dma.fault, dma.iova + dma.done)
-    return admin.Moved(dma.done, data, dma.error, fault)
+    if dma.fault is None or not dma.error:
+        return admin.Moved(dma.done, data, dma.error)
+    fault = refusal(dev, dma.fault, dma.iova + dma.done)
+    error = fault.text if dma.error == str(dma.fault) else f"{dma.error} ({fault.text})"
+    return admin.Moved(dma.done, data, error, fault)
 
 
 def _new(dev: Endpoint, request: admin.Dma, over: trio.Event) -> Dma:
@@ -104,11 +105,11 @@ def _new(dev: Endpoint, request: admin.Dma, over: trio.Event) -> Dma:
         raise EINVAL(f"{len(request.data)} bytes of data for a length of {length}")
     if op is Op.FILL and not request.data:
         raise EINVAL("a fill needs a pattern of at least one byte")
-    if request.timeout is not None and not request.timeout >= 0:
-        raise EINVAL(f"a timeout of {request.timeout} seconds")
+    if request.page_timeout is not None and not request.page_timeout >= 0:
+        raise EINVAL(f"a timeout of {request.page_timeout} seconds")
     return Dma(
         dev, op, request.iova, length, data=request.data, pasid=request.pasid, priv=PRIV if request.privileged else 0,
-        timeout=request.timeout, ended=lambda _: over.set(),
+        timeout=request.page_timeout, ended=lambda _: over.set(),
     )  # fmt: skip
 
 
@@ -151,8 +152,9 @@ def walk(server: Server, request: admin.Walk) -> admin.Walked:
 
 
 def _row(instance: Instance, row: Row) -> admin.Row:
+    address = row.address if row.table is None else row.at
     return admin.Row(
-        row.what, row.depth, row.address, list(row.words), row.bits, row.leads, row.differs, _area(instance, row)
+        row.what, row.depth, address, list(row.words), row.bits, row.leads, row.differs, _area(instance, row)
     )
 
 

@@ -69,7 +69,7 @@ class Dma(Request, tag="dma"):
     instance: str = ""
     pasid: int | None = None  #: none: a request without PASID
     privileged: bool = False
-    timeout: float | None = None  #: seconds to wait for a page; none: as long as the daemon says
+    page_timeout: float | None = None  #: seconds to wait for a page; none: as long as the daemon says
 
 
 class Walk(Request, tag="walk"):
@@ -155,12 +155,12 @@ class Row(msgspec.Struct):
 
     what: str
     depth: int = 0  #: how far to indent
-    address: int | None = None  #: of the entry
+    address: int | None = None  #: of the entry; where a kernel's own table is asked, the address to translate
     words: list[int] = []  #: the entry, raw
     bits: str = ""  #: the entry, decoded
     leads: str = ""  #: where it leads
     differs: str = ""  #: of a cache: what memory says instead
-    area: Area | None = None
+    area: Area | None = None  #: what a kernel's own table has there
 
 
 class Walked(Reply, tag="walk"):

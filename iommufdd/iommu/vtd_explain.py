@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .explain import Explanation, Row, amount, rights, where, why
+from .explain import Explanation, Row, amount, rights, where
 from .vtd_pasid import FIRST, NESTED, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_walk import Kept
 from .walk import During, Step, TranslationFault
@@ -153,7 +153,7 @@ def _translations(
         if not found.allowed >> access & 1:
             pass  # it is no answer to this access: a DMA walks
         elif entry is None:
-            differs = f"memory: {why(fault, iova)}" if fault is not None else ""
+            differs = f"memory: fault {fault.code:#x}, {fault.name}" if fault is not None else ""
         elif not found.same_as(entry):
             differs = f"memory: {where(entry, iova)}"
         bits = f"{found.first:#x}..{found.last:#x} {rights(found)}"

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from iommufdd.description import DeviceDescription, VtdIommu
     from iommufdd.user_data import UserData
 
+    from .explain import Explanation, Row
     from .group import IommuGroup
+    from .walk import Step
 
 FIRST_DID = 2  # IDA_START_DID: 0 is unused, 1 is FLPT_DEFAULT_DID
 PAGE_RESPONSE_NEEDS_PASID = 1 << 2  # IOMMU_FAULT_PAGE_RESPONSE_NEEDS_PASID, which leaks into page requests
@@ -120,6 +122,20 @@ class Vtd(VtdHardware):
     def domain_alloc_nested(self, dev: Device, parent: Domain, flags: int, user_data: UserData) -> Domain:
         """intel_iommu_domain_alloc_nested()"""
         return new_nested(self, parent, flags, user_data)
+
+    # ---- for people ----
+
+    def explain(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> Explanation:
+        """The translation of one address, entry by entry, and what is cached of it."""
+        from .vtd_explain import explain
+
+        return explain(self, dev, pasid, iova, access)
+
+    def step(self, step: Step) -> Row:
+        """An entry that a walk has used."""
+        from .vtd_explain import step_row
+
+        return step_row(step)
 
     # ---- page requests ----
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufdd.errors import IommufdError
+
 from .ops import Extent
 from .tlb import Space, TlbEntry
 from .vtd_pasid import FIRST, SECOND
@@ -210,7 +212,10 @@ class Walk:
         if view is not None:
             value: int = _entry_at.unpack_from(view, pos)[0]
             return value
-        data = file.pread(pos, 8)
+        try:
+            data = file.pread(pos, 8)
+        except IommufdError:  # private memory of a process that has ended
+            data = b""
         if len(data) < 8:
             raise TranslationFault(Why.UNREADABLE, stage=1, level=self._level - len(self._steps), addr=gpa)
         return int.from_bytes(data, "little")
@@ -226,7 +231,11 @@ class Walk:
             if page.view[pos] == old & 0xFF:
                 page.view[pos : pos + 2] = new_bytes
         else:
-            page.file.pwrite(pos, new_bytes)
+            try:
+                page.file.pwrite(pos, new_bytes)
+            except IommufdError:
+                level = self._level - len(self._steps) + 1
+                raise TranslationFault(Why.UNREADABLE, stage=1, level=level, addr=gpa) from None
 
     def _table(self, gpa: int, access: int, during: During) -> TlbEntry:
         """The page of a first-stage table, through the second stage."""

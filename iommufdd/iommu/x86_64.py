@@ -42,6 +42,11 @@ FLAGS = ((P, "P"), (RW, "RW"), (US, "US"), (1 << 3, "PWT"), (1 << 4, "PCD"), (A,
          (EA, "EA"), (XD, "XD"))  # fmt: skip
 
 
+def names(entry: int) -> str:
+    """The bits that are set, by their names: "P RW US"."""
+    return " ".join(name for bit, name in FLAGS if entry & bit)
+
+
 class Rules(NamedTuple):
     """What of the format the hardware and the PASID entry allow."""
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 import select
 from logging import INFO
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.seccomp import (
-    NOTIF,
-    NOTIF_PAGE,
-    NOTIF_RESP,
-    SECCOMP_IOCTL_NOTIF_ID_VALID,
-    SECCOMP_IOCTL_NOTIF_RECV,
-    SECCOMP_IOCTL_NOTIF_SEND,
-    SECCOMP_IOCTL_NOTIF_SET_FLAGS,
-    SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP,
-    SECCOMP_USER_NOTIF_FLAG_CONTINUE,
-    native,
-)
+from iommufd_uapi.seccomp import native
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
-from iommufdd.server.memory import get_seals
 
-from .calls import ANSWERED, CONTINUE, Calls
+from .calls import Calls
+from .listener import CONTINUE, Listener
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
 from .report import Report
@@ -45,17 +32,11 @@ if TYPE_CHECKING:
     from .proc import FailNth
 
 MANY_THREADS = 256
-EMPTY = bytes(NOTIF.size)
-NONE = bytes(8)
 GONE = {errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
-class Supervisor(Targets[Thread]):
-    """One tree of traced processes.
-
-    The id of the notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper
-    knows whom to answer. Nothing is ever read from there.
-    """
+class Supervisor(Listener, Targets[Thread]):
+    """One tree of traced processes."""
 
     def __init__(
         self, server: Server, instance: Instance, peer: Peer, listener: int, page: int, base: int, virtual: Virtual
@@ -64,7 +45,8 @@ class Supervisor(Targets[Thread]):
         numbers = native()
         if numbers is None:
             raise EINVAL(f"system calls of {os.uname().machine} are not known")
-        super().__init__()
+        Listener.__init__(self, listener, page)
+        Targets.__init__(self)
         self.server = server
         self.reactor = server.reactor
         self.instance = instance
@@ -78,36 +60,16 @@ class Supervisor(Targets[Thread]):
         self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
         self.contexts: set[OpenContext] = set()
         self._euid = os.geteuid()  # whose our memfds are
-        self._received = bytearray(NOTIF.size)
-        self.current = 0  # the notification in work
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
-        self.listener = listener
         self.debug_folder = -1
         self.proc = False
         self._ending = False
         self._said_unreachable = False
         self._calls = Calls(self, numbers)
-        try:
-            self._check_listener()
-            self._page = _shared_page(page)
-        except (OSError, ValueError) as error:
-            raise EINVAL(f"no seccomp listener, or no page for it: {error}") from None
         self.reactor.register(listener, self, select.EPOLLIN)
         server.supervisors.add(self)
-
-    def _check_listener(self) -> None:
-        """OSError unless this is a listener. Wakes the target on our CPU, where the kernel can (Linux 6.6)."""
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, bytearray(8))
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
-        except OSError:
-            pass
 
     def close(self, why: str = "shutdown") -> None:
         """No more notifications: the last process has ended, or the daemon does."""
@@ -133,7 +95,7 @@ class Supervisor(Targets[Thread]):
             self.channel.close(why)
         self.server.channel_closed()
 
-    def _end(self) -> None:
+    def ended(self) -> None:
         """No process can call any more; what the last ones have open is closed before they count as ended."""
         self._ending = True
         self.reactor.modify(self.listener, 0)
@@ -157,21 +119,7 @@ class Supervisor(Targets[Thread]):
 
     # ---- notifications ----
 
-    def ready(self, mask: int) -> None:
-        if mask & select.EPOLLIN:
-            self._turn()
-        else:
-            self._end()
-
-    def _turn(self) -> None:
-        page, received = self._page, self._received
-        received[:] = EMPTY
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, received)
-        except OSError:
-            return  # ENOENT: the caller was killed meanwhile
-        page[:8] = received[:8]
-        self.current, tid, _, nr, _, _, *args = NOTIF.unpack(received)
+    def notified(self, tid: int, nr: int, args: list[int]) -> int:
         self.clock.now += 1
         if self.watch.pending.poll(0):
             self._drain()
@@ -182,28 +130,13 @@ class Supervisor(Targets[Thread]):
             answer = -errno.EIO
         if self.files.offered:
             self.files.end()
-        if answer is not ANSWERED:
-            self.send(answer)
-        page[:8] = NONE
+        return answer
 
     def _drain(self) -> None:
         """Close what was closed before now."""
         while self.watch.pending.poll(0):
             self.watch.ready(0)
             self.server.pipes.ready(0)
-
-    def send(self, answer: int) -> None:
-        """The result of the call, minus an errno, or CONTINUE."""
-        if answer is CONTINUE:
-            response = NOTIF_RESP.pack(self.current, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
-        elif answer < 0:
-            response = NOTIF_RESP.pack(self.current, 0, answer, 0)
-        else:
-            response = NOTIF_RESP.pack(self.current, answer, 0, 0)
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SEND, response)
-        except OSError:
-            pass  # ENOENT: killed meanwhile
 
     def _answer(self, tid: int, nr: int, args: list[int]) -> int:
         """Twice, if what is kept of the caller turns out to be of a task that had its number before."""
@@ -253,14 +186,6 @@ class Supervisor(Targets[Thread]):
     def _note_fault(self, gate: str) -> None:
         if self.report is not None:
             self.report.fired[gate] += 1
-
-    def valid(self) -> bool:
-        """Whether the notification's caller still waits: what was opened by its number is then its own."""
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, self.current.to_bytes(8, "little"))
-        except OSError:
-            return False
-        return True
 
     # ---- who calls ----
 
@@ -312,14 +237,6 @@ class Supervisor(Targets[Thread]):
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return (*inode, self._euid) in self.watch.by_key
-
-
-def _shared_page(fd: int) -> mmap.mmap:
-    """OSError, ValueError; also for a file that could be cut under us, which would raise SIGBUS."""
-    seals = get_seals(fd)
-    if seals is None or not seals & fcntl.F_SEAL_SHRINK or os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:
-        raise ValueError("the page is no memfd sealed with F_SEAL_SHRINK")
-    return mmap.mmap(fd, NOTIF_PAGE)
 
 
 def origin_of(peer: Peer) -> Origin:

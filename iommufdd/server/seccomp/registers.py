@@ -6,12 +6,19 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
+from iommufdd.errors import EINVAL, ENODEV, ENOMEM
+from iommufdd.pages import Dmabuf
+
 from .procmm import maps_of
 
 if TYPE_CHECKING:
-    from iommufdd.mmap import MmapRegion
+    from iommufdd.mmap import MmapRegion, Vma
+    from iommufdd.server.instance import OpenContext
+    from iommufdd.user import Caller, File
 
     from .fds import Installed
+
+MANY_MAPS = 64  # of one context, before those that are gone are looked for
 
 
 class Shown:
@@ -32,6 +39,32 @@ def show(region: MmapRegion, memfd: int) -> None:
     """Move the bytes of a region to the file, when it is first mapped. OSError."""
     if region.backing is None:
         Shown(region, memfd)
+
+
+def map_registers(caller: Caller, context: OpenContext, file: File, args: list[int]) -> Vma:
+    """mmap(2) of one of our files, by its arguments: the registers then lie in the context's file.
+
+    EINVAL, EPERM, ENXIO (iommufd_fops_mmap); ENODEV for what has no mmap; ENOMEM.
+    """
+    if file is not context.ctx:
+        raise EINVAL("not exported for mmap") if isinstance(file, Dmabuf) else ENODEV("not made for mmap")
+    _, length, prot, flags, _, offset = args
+    if not length or offset % mmap.PAGESIZE:
+        raise EINVAL(f"{length} bytes at offset {offset:#x}")
+    vma = context.ctx.mmap(caller, offset, length, prot, flags)
+    try:
+        show(vma.region, context.identity)
+    except OSError as error:
+        vma.put()
+        raise ENOMEM(f"the registers cannot be shown: {error.strerror}") from None
+    return vma
+
+
+def keep(installed: Installed, vma: Vma) -> None:
+    """A live mapping, until drop_unmapped() finds it gone."""
+    if len(installed.maps) > MANY_MAPS:
+        drop_unmapped(installed)
+    installed.maps.append(vma)
 
 
 def drop_unmapped(installed: Installed) -> None:

@@ -64,6 +64,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    parser.add_argument("--exact", action="store_true", help="with CMD: also answer what FUSE cannot, see below")
     parser.add_argument("path", metavar="PATH", help="where: /dev/iommu, or any other path")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
@@ -80,9 +81,11 @@ def _run(args: argparse.Namespace) -> int:
     if len(args.machine.encode()) > 32 or len(args.caller.encode()) > 256:
         print("iommufdctl mount: the machine's name, or --caller, is too long", file=sys.stderr)
         return 2
-    options = Options(
-        args.path, command, args.machine, args.socket_path, args.caller, explain=args.explain, summary=args.summary
-    )
+    if args.exact and not command:
+        print("iommufdctl mount: --exact needs a command: iommufdctl mount --exact PATH -- CMD", file=sys.stderr)
+        return 2
+    words = args.path, command, args.machine, args.socket_path, args.caller
+    options = Options(*words, explain=args.explain, summary=args.summary, exact=args.exact)
     try:
         return mount(options)
     except RunError as error:

@@ -53,9 +53,7 @@ def run(options: Options) -> int:
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
     base = options.fd_base or fd_base()
-    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(page, seccomp.NOTIF_PAGE)
-    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    page = notification_page()
     connection, daemon = connect(options.socket_path) if options.socket_path else spawn()
     try:
         child, ours = _start(options, numbers, base)
@@ -77,6 +75,14 @@ def run(options: Options) -> int:
         if daemon is not None:
             daemon.wait()
         raise
+
+
+def notification_page() -> int:
+    """The file in which the daemon says which notification it has in work."""
+    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(page, seccomp.NOTIF_PAGE)
+    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return page
 
 
 def fd_base() -> int:
@@ -184,7 +190,7 @@ def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: 
     if os.getppid() != parent:
         os._exit(NOT_EXECUTABLE)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    listener = _install(libc, numbers, code)
+    listener = install(libc, numbers, code)
     theirs.sendmsg([b"l"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
     os.close(listener)
     if theirs.recv(16) != b"go":
@@ -195,7 +201,7 @@ def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: 
     os.execvp(command[0], command)
 
 
-def _install(libc: ctypes.CDLL, numbers: seccomp.Syscalls, code: bytes) -> int:
+def install(libc: ctypes.CDLL, numbers: seccomp.Syscalls, code: bytes) -> int:
     """seccomp(SECCOMP_SET_MODE_FILTER): the listener. RunError."""
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)), 16)

@@ -8,7 +8,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.iommufd import FaultAlloc, VeventqAlloc
+from iommufd_uapi.iommufd import Destroy, FaultAlloc, VeventqAlloc
 from iommufd_uapi.iommufd_test import IOMMU_TEST_OP_CREATE_ACCESS, IOMMU_TEST_OP_DMABUF_GET, TestCmd
 from iommufdd.context import Context
 from iommufdd.eventq import EventqFile
@@ -84,7 +84,8 @@ class Calls:
             opened = injection.open()
         else:
             session.thread(request.pid)  # else its ioctls could not be answered
-            context = OpenContext(session.instance, session.uid, container=session.config.container)
+            exact = session.exact is not None
+            context = OpenContext(session.instance, session.uid, container=session.config.container, mappable=exact)
             opened = session.open_files.add(context, context.ctx)
         flags = FLAGS if opened.token else FLAGS | abi.FOPEN_STREAM
         if not session.reply(request.unique, abi.OPEN_OUT.pack(opened.fh, flags, 0)):
@@ -104,6 +105,9 @@ class Calls:
     def ioctl(self, request: Request) -> bytes | int | None:
         fh, flags, cmd, arg, _, _ = abi.IOCTL_IN.unpack_from(request.body)
         opened = self._opened(fh)
+        question = self.session.question
+        if question is not None and opened is not None and question.answers(cmd, arg, opened):
+            return abi.IOCTL_OUT.pack(0, 0, 0, 0)
         if opened is None or not isinstance(opened.file, Context):
             return -errno.ENOTTY
         session = self.session
@@ -116,6 +120,8 @@ class Calls:
 
     def _ioctl(self, request: Request, thread: Thread, opened: Opened, flags: int, cmd: int, arg: int) -> int:
         session = self.session
+        if cmd == Destroy.CMD and session.exact is not None:
+            session.exact.before_destroy(opened.context)
         seekable = _gives_descriptor(thread, cmd, arg)
         if seekable is None:
             return session.ioctl(thread, opened.context.ctx, cmd, arg)

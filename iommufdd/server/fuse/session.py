@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from iommufdd.server.seccomp.target import Origin
     from iommufdd.server.serve import Server
 
+    from .exact import Exact
     from .files import Opened
+    from .identity import Question
     from .inject import Injection
 
 MANY_THREADS = 256
@@ -68,10 +70,12 @@ class Session(Targets[Thread]):
         self.config = config
         self.origin, self.virtual = config.origin, config.virtual
         self.clock = Clock()
-        self.files = TargetFiles(server.page_files, peer.uid, lambda inode: False, cautious=config.cautious)
+        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=config.cautious)
         self.open_files = OpenFiles()
         self.injection: Injection | None = None  # the one in work
         self.stuck: list[Injection] = []  # whose threads did not stop in time
+        self.question: Question | None = None  # the one being asked
+        self.exact: Exact | None = None
         self.report: Report | None = None
         self.channel: Channel | None = None
         self.device = device
@@ -99,6 +103,27 @@ class Session(Targets[Thread]):
         self.channel = None
 
     def close(self, why: str = "shutdown") -> None:
+        self._close_device()
+        if self.exact is not None:
+            self.exact.close()
+        self.end_if_over(why)
+
+    def end_if_over(self, why: str = "unmounted") -> None:
+        """Hang up, when the mount and the listener have both ended."""
+        if self.device >= 0 or (self.exact is not None and self.exact.listener >= 0):
+            return
+        if self not in self.server.supervisors:
+            return
+        self.server.supervisors.discard(self)
+        log.event(INFO, "mount-closed", uid=self.uid, why=why)
+        if self.channel is not None:
+            if self.report is not None:
+                self.report.end()
+            self.channel.close(why)
+        self.server.channel_closed()
+
+    def _close_device(self) -> None:
+        """It is unmounted, and nothing has it open."""
         if self.device < 0:
             return
         self.reactor.unregister(self.device)
@@ -111,23 +136,21 @@ class Session(Targets[Thread]):
             self.release(fh)
         for process in list(self.processes.values()):
             self.forget_process(process)
-        self.server.supervisors.discard(self)
-        log.event(INFO, "mount-closed", uid=self.uid, why=why)
-        if self.channel is not None:
-            if self.report is not None:
-                self.report.end()
-            self.channel.close(why)
-        self.server.channel_closed()
 
     # ---- requests ----
 
     def ready(self, mask: int) -> None:
         self.stuck = [injection for injection in self.stuck if not injection.freed()]
         self.pump()
+        self.run_deferred()
+
+    def run_deferred(self) -> None:
+        """What could not be answered at once, at the latest now."""
         while self._deferred and not self._unmounted:
             self._dispatch(self._deferred.pop(0))
         if self._unmounted:
-            self.close("unmounted")
+            self._close_device()
+            self.end_if_over()
 
     def pump(self) -> bool:
         """Answer the next request; False if there is none."""
@@ -150,6 +173,8 @@ class Session(Targets[Thread]):
 
     def _dispatch(self, request: Request) -> None:
         self.clock.now += 1
+        if self.exact is not None:
+            self.exact.settle()
         try:
             answer = self._calls.handle(request)
         except IommufdError as error:
@@ -206,6 +231,14 @@ class Session(Targets[Thread]):
         if thread is not None and not thread.process.shares_mm and thread.alive and thread.process.mm.mem >= 0:
             return thread
         return self.look_up(tid)
+
+    def _is_ours(self, inode: tuple[int, int]) -> bool:
+        """Whether a mapping is of registers."""
+        return self.exact is not None and self.exact.watch.has(inode)
+
+    def forget(self, thread: Thread) -> None:
+        """It turns out to be another task, or may be."""
+        self.forget_process(thread.process)
 
     def look_up(self, tid: int) -> Thread:
         """A caller not seen before, or after exec. OSError, EMFILE."""

@@ -118,7 +118,7 @@ class Listener:
         flags = SECCOMP_ADDFD_FLAG_SETFD * (fd >= 0) | SECCOMP_ADDFD_FLAG_SEND * send
         fields = self.current, flags, own, max(fd, 0), os.O_CLOEXEC if cloexec else 0
         request = bytearray(NOTIF_ADDFD.pack(*fields))
-        return fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ADDFD, request)
+        return int(fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ADDFD, request))
 
     def valid(self) -> bool:
         """Whether the notification's caller still waits: what was opened by its number is then its own."""

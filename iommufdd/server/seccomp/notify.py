@@ -57,9 +57,8 @@ class Supervisor(Listener, Targets[Thread]):
         self.virtual = virtual
         self.clock = Clock()
         self.watch = server.watch()
-        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
+        self.files = TargetFiles(server.page_files, peer.uid, self.watch.has, cautious=peer.uid != os.geteuid() == 0)
         self.contexts: set[OpenContext] = set()
-        self._euid = os.geteuid()  # whose our memfds are
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
@@ -234,9 +233,6 @@ class Supervisor(Listener, Targets[Thread]):
             return found
         pipe = self.server.pipes.by_key.get(key)
         return pipe if pipe is not None and pipe.file is not None else None
-
-    def _is_ours(self, inode: tuple[int, int]) -> bool:
-        return (*inode, self._euid) in self.watch.by_key
 
 
 def origin_of(peer: Peer) -> Origin:

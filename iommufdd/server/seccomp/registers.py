@@ -6,7 +6,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-from iommufdd.errors import EINVAL, ENODEV, ENOMEM
+from iommufdd.errors import EACCES, EINVAL, ENODEV, ENOMEM
 from iommufdd.pages import Dmabuf
 
 from .procmm import maps_of
@@ -41,16 +41,21 @@ def show(region: MmapRegion, memfd: int) -> None:
         Shown(region, memfd)
 
 
-def map_registers(caller: Caller, context: OpenContext, file: File, args: list[int]) -> Vma:
-    """mmap(2) of one of our files, by its arguments: the registers then lie in the context's file.
+def map_registers(
+    caller: Caller, context: OpenContext, file: File, args: list[int], *, mode: int = os.O_RDWR
+) -> Vma:
+    """mmap(2) of one of our files, opened with `mode`: the registers then lie in the context's file.
 
-    EINVAL, EPERM, ENXIO (iommufd_fops_mmap); ENODEV for what has no mmap; ENOMEM.
+    EINVAL, EACCES (do_mmap); EPERM, ENXIO (iommufd_fops_mmap); ENODEV for what has no mmap; ENOMEM.
     """
-    if file is not context.ctx:
-        raise EINVAL("not exported for mmap") if isinstance(file, Dmabuf) else ENODEV("not made for mmap")
     _, length, prot, flags, _, offset = args
     if not length or offset % mmap.PAGESIZE:
         raise EINVAL(f"{length} bytes at offset {offset:#x}")
+    writes = flags & mmap.MAP_SHARED and prot & mmap.PROT_WRITE
+    if mode == os.O_WRONLY or (writes and mode == os.O_RDONLY):
+        raise EACCES("not opened for this")
+    if file is not context.ctx:
+        raise EINVAL("not exported for mmap") if isinstance(file, Dmabuf) else ENODEV("not made for mmap")
     vma = context.ctx.mmap(caller, offset, length, prot, flags)
     try:
         show(vma.region, context.identity)

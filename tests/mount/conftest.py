@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,17 @@ def mount() -> Mount:
     probe = mount("/dev/iommu", "--", "true")
     if probe.returncode:
         pytest.skip(f"nothing can be mounted here: {probe.stderr.strip()}")
+    return mount
+
+
+@pytest.fixture(scope="session")
+def exact(mount: Mount) -> Mount:
+    """Skips where nobody may listen to seccomp, and where registers cannot be mapped."""
+    probe = mount("--exact", "/dev/iommu", "--", "true")
+    if probe.returncode:
+        pytest.skip(f"no seccomp user notification here: {probe.stderr.strip()}")
+    if os.uname().machine != "x86_64":
+        pytest.skip("descriptors are given and registers mapped on x86-64 only")
     return mount
 
 

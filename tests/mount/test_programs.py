@@ -61,7 +61,8 @@ def problems(mount: Mount, compiled: Path, daemon: Daemon, lists: Path, *words: 
         result = mount(*options, node, "--", compiled / "ioctlrun", stdin=path)
         known = lines.get(path.stem, set())
         found = differences(path, result.stdout)
-        left = [each for each in found if each.step.split(":")[0] not in known] if words else counted(path, found, known)
+        exactly = [each for each in found if each.step.split(":")[0] not in known]
+        left = exactly if words else counted(path, found, known)
         return [f"{path.stem}: {result.stderr}"] * bool(result.stderr) + [f"{path.stem}: {each}" for each in left]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -38,6 +38,7 @@ def mount(channel: Channel, hello: Hello, machine: str, text: bytes, fds: Sequen
     config = Config(
         dev=hello.mm,
         container=bool(hello.flags & MOUNT_CONTAINER),
+        private=not others and len(fds) == 1,
         cautious=others and os.geteuid() == 0,
         virtual=virtual_of(text) or server.virtual,
         origin=origin_of(peer),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
-from logging import INFO
+from logging import DEBUG, INFO
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_SUMMARY
@@ -17,9 +17,10 @@ from iommufdd.server.seccomp.report import Report
 from iommufdd.server.seccomp.target import Targets, tgid_of
 
 from . import abi
+from .backing import Backing
 from .caller import MountProcess, Thread
 from .calls import Calls
-from .files import OUR_DEVICES, OpenFiles
+from .files import BACKED_DEVICES, OUR_DEVICES, OpenFiles
 
 if TYPE_CHECKING:
     from iommufdd.context import Context
@@ -51,6 +52,7 @@ class Config(NamedTuple):
 
     dev: int  # st_dev of the file
     container: bool  # as /dev/vfio/vfio
+    private: bool  # one command's, whose mappings need not be kept apart
     cautious: bool  # callers may be others than who mounted it
     virtual: Virtual
     origin: Origin
@@ -76,6 +78,7 @@ class Session(Targets[Thread]):
         self.stuck: list[Injection] = []  # whose threads did not stop in time
         self.question: Question | None = None  # the one being asked
         self.exact: Exact | None = None
+        self.backing: Backing | None = None  # of mappings, where there can be one
         self.report: Report | None = None
         self.channel: Channel | None = None
         self.device = device
@@ -84,6 +87,7 @@ class Session(Targets[Thread]):
         self._target = (self._view,)
         self._calls = Calls(self)
         self._unmounted = False
+        self._opened = False
         os.set_blocking(device, False)
         self.reactor.register(device, self, select.EPOLLIN)
         server.supervisors.add(self)
@@ -134,6 +138,9 @@ class Session(Targets[Thread]):
             del OUR_DEVICES[self.config.dev]
         for fh in list(self.open_files.by_fh):
             self.release(fh)
+        if self.backing is not None:
+            self.backing.close()
+            BACKED_DEVICES.discard(self.config.dev)
         for process in list(self.processes.values()):
             self.forget_process(process)
 
@@ -234,7 +241,19 @@ class Session(Targets[Thread]):
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         """Whether a mapping is of registers."""
-        return self.exact is not None and self.exact.watch.has(inode)
+        return inode[0] in OUR_DEVICES or (self.exact is not None and self.exact.watch.has(inode))
+
+    def find_backing(self) -> None:
+        """At the first open: INIT is over, and all that follow must be like it."""
+        if not self.config.private or self._opened:
+            return
+        self._opened = True
+        try:
+            self.backing = Backing(self.device, (self.config.dev, abi.ROOT_INO))
+        except OSError as error:
+            log.event(DEBUG, "no-mappings", uid=self.uid, why=error.strerror)
+            return
+        BACKED_DEVICES.add(self.config.dev)
 
     def forget(self, thread: Thread) -> None:
         """It turns out to be another task, or may be."""

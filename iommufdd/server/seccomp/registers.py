@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from iommufdd.errors import EACCES, EINVAL, ENODEV, ENOMEM
 from iommufdd.pages import Dmabuf
 
-from .procmm import maps_of
+from .procmm import SHARED, maps_of
 
 if TYPE_CHECKING:
     from iommufdd.mmap import MmapRegion, Vma
@@ -74,12 +74,18 @@ def keep(installed: Installed, vma: Vma) -> None:
 
 def drop_unmapped(installed: Installed) -> None:
     """Let go of the mappings that no process has any more: munmap() and exit are not traced."""
-    inode = installed.key[:2]
-    shown: list[range] = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
-            shown += [range(vma.offset, vma.offset + vma.end - vma.start) for vma in maps_of(name, inode)]
+    shown = mapped_parts(installed.key[:2])
     for vma in installed.maps[:]:
         if not any(vma.region.offset in part for part in shown):
             installed.maps.remove(vma)
             vma.put()
+
+
+def mapped_parts(inode: tuple[int, int]) -> list[range]:
+    """Which parts of a file any process maps shared."""
+    shown: list[range] = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            vmas = [vma for vma in maps_of(name, inode) if vma.flags & SHARED]
+            shown += [range(vma.offset, vma.offset + vma.end - vma.start) for vma in vmas]
+    return shown

@@ -22,6 +22,7 @@ class ExactKeeper(Keeper):
     """Without the daemon the file is dead, and the kernel's answers are as good as any."""
 
     farewell = "the file answers ENOTCONN from now on"
+    in_work = None  # most likely it was on another file
 
     def is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
         return False

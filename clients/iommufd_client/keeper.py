@@ -50,6 +50,7 @@ class Keeper:
     """One run of CMD."""
 
     farewell = "/dev/iommu answers ENODEV from now on"  # when the daemon is gone
+    in_work: int | None = -errno.ENODEV  # the answer to the call it had in work; None: the kernel's
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class Keeper:
         sys.stderr.flush()
         current = int.from_bytes(self.page[:8], "little")
         if current:
-            self._send(current, -errno.ENODEV)
+            self._send(current, self.in_work)
         self._poll.register(self.listener, select.POLLIN)
 
     def answer(self, mask: int) -> None:

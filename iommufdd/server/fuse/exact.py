@@ -120,6 +120,8 @@ class Exact(Listener):
     def _thread(self, tid: int) -> Thread:
         """OSError, EMFILE."""
         thread = self.session.thread(tid)
+        if not thread.process.mm.alive:  # it has called exec
+            thread = self.session.look_up(tid)
         if not self.valid():  # what was opened may be another's, who has the number now
             self.session.forget(thread)
             raise ProcessLookupError(errno.ESRCH, "killed meanwhile")

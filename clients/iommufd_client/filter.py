@@ -20,6 +20,7 @@ HIGH = 4  # of the upper half of an argument
 
 O_ACCMODE, O_RDWR = 3, 2
 MAP_ANONYMOUS = 0x20
+MAP_DENYWRITE = 0x800  # the mark of glibc's loader
 F_DUPFD, F_DUPFD_CLOEXEC = 0, 1030
 X32_SYSCALL_BIT = 0x4000_0000
 IOC_TYPE = ord(";")
@@ -55,7 +56,7 @@ def program(numbers: Syscalls, base: int, *, proc: bool = False, caps: bool = Fa
 def exact_program(numbers: Syscalls) -> bytes:
     """The filter of `mount --exact`: what never reaches a FUSE file.
 
-    mmap of a file, reads and writes of nothing, and the ioctls that the VFS answers itself.
+    mmap of a file, but not glibc's loader's; reads and writes of nothing; the ioctls that the VFS answers itself.
     """
     return assemble(_exact_lines(numbers))
 
@@ -126,7 +127,7 @@ def _exact_lines(n: Syscalls) -> list[Line]:
         _go("allow"),
         "mmap",
         _load(_arg(3)),
-        Jump(JSET, MAP_ANONYMOUS, "allow"),
+        Jump(JSET, MAP_ANONYMOUS | MAP_DENYWRITE, "allow"),
         _load(_arg(4)),
         Jump(JGE, 1 << 31, "allow"),
         _load(_arg(4) + HIGH),

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     from .conftest import Mount
 
-EXACT = (
-    "registers", "errors", "shared", "nothing", "reused", "alarmed", "killed", "privileges",
-)  # fmt: skip
+EXACT = ("registers", "errors", "shared", "nothing", "reused", "alarmed", "killed", "privileges")
+WITHOUT_RIGHTS = [(("--exact",), "registers"), (("--exact",), "errors"), ((), "no_registers")]
 PLAIN = ("registers", "shared", "alarmed", "killed")
 CAP_SYS_ADMIN = 1 << 21
 PROGRAM = ("/dev/iommu", "--", sys.executable, "-m", "tests.mount.mappings")
@@ -73,7 +72,7 @@ def test_nothing_is_left_in_the_daemon(exact: Mount, daemon: Daemon, options: tu
         assert left_behind(before, admin) == []
 
 
-@pytest.mark.parametrize(("options", "habit"), [(("--exact",), "registers"), (("--exact",), "errors"), ((), "no_registers")])
+@pytest.mark.parametrize(("options", "habit"), WITHOUT_RIGHTS)
 def test_as_another_user_in_a_user_namespace(exact: Mount, options: tuple[str, ...], habit: str) -> None:
     check(become_another_user(exact, *options, *PROGRAM, habit))
 
@@ -112,7 +111,8 @@ def test_a_signal_goes_on_to_the_command(exact: Mount, number: int) -> None:
 def test_a_killed_daemon_leaves_a_working_program(exact: Mount) -> None:
     daemon = Daemon(terminate=False).start()
     try:
-        with exact.start("--exact", "--socket-path", daemon.socket_path, *PROGRAM, "outlives", stdin=subprocess.PIPE) as process:
+        options = ("--exact", "--socket-path", daemon.socket_path)
+        with exact.start(*options, *PROGRAM, "outlives", stdin=subprocess.PIPE) as process:
             _ready(process)
             os.kill(daemon.pid, signal.SIGKILL)
             out, err = process.communicate("go on\n", timeout=PATIENCE)
@@ -124,17 +124,17 @@ def test_a_killed_daemon_leaves_a_working_program(exact: Mount) -> None:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_children_that_outlive_the_command_go_on(exact: Mount, tmp_path: Path, kill: bool) -> None:
-    """With the daemon and without it: every program they start maps its libraries."""
+    """With the daemon and without it: what they map and start is answered."""
     answer, go = tmp_path / "answer", tmp_path / "go"
     os.mkfifo(go)
     daemon = Daemon(terminate=False).start()
     try:
-        line = f"(read word < {go}; cat /proc/self/comm > {answer}) & exit 7"
+        line = f"{sys.executable} -m tests.mount.mappings an_orphan {go} {answer} < /dev/null > /dev/null 2>&1 & exit 7"
         result = exact("--exact", "--socket-path", daemon.socket_path, "/dev/iommu", "--", "sh", "-c", line)
         assert result.returncode == 7
         if kill:
             os.kill(daemon.pid, signal.SIGKILL)
-        go.write_text("now\n")
-        assert _soon(lambda: answer.exists() and answer.read_text() == "cat\n")
+        go.write_text("now")
+        assert _soon(lambda: answer.exists() and answer.read_text() == "mapped\n")
     finally:
         daemon.stop()

@@ -121,9 +121,6 @@ class Calls:
     def ioctl(self, request: Request) -> bytes | int | None:
         fh, flags, cmd, arg, _, _ = abi.IOCTL_IN.unpack_from(request.body)
         opened = self._opened(fh)
-        question = self.session.question
-        if question is not None and opened is not None and question.answers(cmd, arg, opened):
-            return abi.IOCTL_OUT.pack(0, 0, 0, 0)
         if opened is None or not isinstance(opened.file, Context):
             return -errno.ENOTTY
         session = self.session
@@ -165,6 +162,8 @@ class Calls:
     def read(self, request: Request) -> bytes | int:
         fh, _, size, *_ = abi.READ_IN.unpack_from(request.body)
         opened = self._opened(fh)
+        if self._asked(request, opened):
+            return b""
         if opened is None or not isinstance(opened.file, EventqFile):
             return -errno.EINVAL
         buffer = Buffer(bytearray(size))
@@ -174,11 +173,18 @@ class Calls:
     def write(self, request: Request) -> bytes | int:
         fh, _, size, *_ = abi.WRITE_IN.unpack_from(request.body)
         opened = self._opened(fh)
+        if self._asked(request, opened):
+            return abi.WRITE_OUT.pack(size, 0)
         if opened is None or not isinstance(opened.file, EventqFile):
             return -errno.EINVAL
         buffer = Buffer(request.body[abi.WRITE_IN.size :])
         done = opened.file.write(self._caller(request, buffer), 0, size)
         return done if done < 0 else abi.WRITE_OUT.pack(done, 0)
+
+    def _asked(self, request: Request, opened: Opened | None) -> bool:
+        """Whether it is we who ask which file it is."""
+        question = self.session.question
+        return question is not None and opened is not None and question.answers(request.pid, opened)
 
     def _caller(self, request: Request, buffer: Buffer) -> Caller:
         whole = self.session.thread(request.pid).caller

@@ -87,7 +87,8 @@ class Exact(Listener):
         try:
             if device_of(f"/proc/self/fd/{own}") != self.session.config.dev:
                 return CONTINUE  # another file by now
-            opened = identify(self.session, own)
+            mode = fcntl.fcntl(own, fcntl.F_GETFL) & os.O_ACCMODE
+            opened = identify(self.session, own, mode)
             if opened is None or opened.file is None:
                 return CONTINUE
             self.settle()
@@ -95,7 +96,7 @@ class Exact(Listener):
                 return -errno.ENOTTY
             thread = self._thread(tid)
             if nr == self._numbers.mmap:
-                return self._mmap(thread, opened, fcntl.fcntl(own, fcntl.F_GETFL), args)
+                return self._mmap(thread, opened, mode, args)
             return self._on_file[nr](thread.caller, opened.file, args)
         finally:
             os.close(own)
@@ -133,14 +134,14 @@ class Exact(Listener):
         """The caller is made to map the context's own file in place of this one."""
         context, file = opened.context, opened.file
         assert file is not None
-        vma = map_registers(thread.caller, context, file, args, mode=mode & os.O_ACCMODE)
+        vma = map_registers(thread.caller, context, file, args, mode=mode)
         try:
             installed = self._shown(context)
         except IommufdError:
             vma.put()
             raise
         keep(installed, vma)
-        rc = self._map(thread, installed, mode & os.O_ACCMODE, args)
+        rc = self._map(thread, installed, mode, args)
         if rc < 0:
             _take_back(installed, vma)
         installed.check()

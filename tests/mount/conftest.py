@@ -21,6 +21,19 @@ __all__ = ["LIMIT", "compiled", "linked"]
 HABITS = Path(__file__).with_name("habits.py")
 
 
+CAP_SYS_ADMIN = 1 << 21
+
+
+def passthrough() -> bool:
+    """Whether the kernel lets a daemon of ours give a file a file behind it."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        caps = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff"))
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        whole = file.read().split() == ["0", "0", "4294967295"]
+    release = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+    return bool(caps & CAP_SYS_ADMIN) and whole and release >= (6, 9)
+
+
 class Mount(Run):
     """The command under test."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from iommufd_client.testing import Daemon
 from tests.run.test_end import PATIENCE, _ready, _soon
 
+from .conftest import passthrough
 from .test_behaviour import become_another_user, left_behind
 
 if TYPE_CHECKING:
@@ -23,18 +25,7 @@ if TYPE_CHECKING:
 EXACT = ("registers", "errors", "shared", "nothing", "reused", "alarmed", "killed", "privileges")
 WITHOUT_RIGHTS = [(("--exact",), "registers"), (("--exact",), "errors"), ((), "no_registers")]
 PLAIN = ("registers", "shared", "killed")
-CAP_SYS_ADMIN = 1 << 21
 PROGRAM = ("/dev/iommu", "--", sys.executable, "-m", "tests.mount.mappings")
-
-
-def passthrough() -> bool:
-    """Whether the kernel lets a daemon of ours give a file a file behind it."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        caps = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff"))
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        whole = file.read().split() == ["0", "0", "4294967295"]
-    release = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
-    return bool(caps & CAP_SYS_ADMIN) and whole and release >= (6, 9)
 
 
 def check(result: subprocess.CompletedProcess[str]) -> None:
@@ -80,6 +71,16 @@ def test_as_another_user_in_a_user_namespace(exact: Mount, options: tuple[str, .
 def test_the_status_is_that_of_a_shell(exact: Mount) -> None:
     for command, status in ((("sh", "-c", "exit 42"), 42), (("sh", "-c", "kill -9 $$"), 137), (("/nowhere",), 127)):
         assert exact("--exact", "/dev/iommu", "--", *command).returncode == status
+
+
+def test_set_user_id_programs_go_on_working(exact: Mount, tmp_path: Path) -> None:
+    program = shutil.copy(shutil.which("id") or "id", tmp_path)
+    if os.geteuid():
+        pytest.skip("only root can give a program another owner")
+    os.chown(program, 65534, -1)
+    os.chmod(program, 0o4755)
+    bare = subprocess.run([program, "-u"], capture_output=True, text=True).stdout
+    assert exact("--exact", "/dev/iommu", "--", program, "-u").stdout == bare
 
 
 def test_it_needs_a_command(mount: Mount) -> None:

@@ -7,6 +7,7 @@ or a write: an ioctl from outside the user namespace of the mount is refused (fu
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -47,12 +48,16 @@ class Question(threading.Thread):
 def identify(session: Session, own: int, mode: int) -> Opened | None:
     """The open file behind a descriptor of ours, a copy of a caller's, opened with `mode`.
 
-    None when it is only a path, or the mount has ended. Other requests that come meanwhile are answered too.
+    None when it is only a path, or the mount has ended. Other requests that come meanwhile are answered too. OSError.
     """
-    question = session.question = Question(own, mode)
+    question = Question(own, mode)
     device = select.poll()
     device.register(session.device, select.POLLIN)
-    question.start()
+    try:
+        question.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
+    session.question = question
     while question.opened is None and question.is_alive():
         if device.poll(POLL_MS):
             session.pump()

@@ -210,7 +210,8 @@ def map_in_caller(
     try:
         injection = Injection(session, thread, context, seekable=False)
     except OSError as error:
-        _say_refused(session, thread, f"it cannot be traced: {error.strerror}")
+        if error.errno != errno.ESRCH:  # else it has been killed
+            _say_refused(session, thread, f"it cannot be traced: {error.strerror}")
         return -errno.ENODEV
     made = -errno.ENODEV
 

@@ -7,19 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from iommufd_client.testing import Daemon
-from tests.run.test_end import PATIENCE, _ready, _soon
+from tests.run.test_end import PATIENCE, _children, _ready, _runs, _soon
 
 from .conftest import passthrough
 from .test_behaviour import become_another_user, left_behind
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .conftest import Mount
 
 EXACT = ("registers", "errors", "shared", "nothing", "reused", "alarmed", "killed", "privileges")
@@ -107,6 +106,17 @@ def test_a_signal_goes_on_to_the_command(exact: Mount, number: int) -> None:
         _ready(process)
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + number
+
+
+def test_a_killed_mount_takes_the_command_along(exact: Mount) -> None:
+    words = ("--exact", "/dev/iommu", "--", "sh", "-c", "echo ready; exec sleep 100")
+    with exact.start(*words, stdin=subprocess.PIPE) as process:
+        _ready(process)
+        comms = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in _children(process.pid)}
+        command = next(pid for pid, comm in comms.items() if comm in ("sh", "sleep"))
+        process.kill()
+        process.wait(PATIENCE)
+        assert _soon(lambda: not _runs(command))
 
 
 def test_a_killed_daemon_leaves_a_working_program(exact: Mount) -> None:

@@ -83,7 +83,9 @@ def registers() -> None:
     at = mapped(fd, *third)
     assert (word(at).value, word(at + length - 4).value) == (0x9ABC, 0)
     os.close(other)
-    assert word(second).value == 0x5678
+    fresh = device()
+    at2 = mapped(fresh, *viommu(fresh, 0xDEF0)[1:])
+    assert (word(second).value, word(at2).value) == (0x5678, 0xDEF0)
     unmap(second, length2)
     assert word(at).value == 0x9ABC
 
@@ -169,6 +171,8 @@ def nothing() -> None:
     assert failure(os.pread, fd, 0, 0) == errno.EINVAL
     assert failure(os.pread, queue, 0, 0) == errno.ESPIPE
     assert os.read(queue, 0) == b""
+    for ours in (fd, queue):
+        assert failure(os.lseek, ours, 0, os.SEEK_SET) == errno.ESPIPE
     count = bytearray(8)
     for ours in (fd, queue):
         for cmd in (0x541B, 1, 0x5460):  # FIONREAD, FIBMAP, FIOQSIZE

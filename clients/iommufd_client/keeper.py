@@ -1,4 +1,4 @@
-"""Room client: what `iommufdctl run` does while CMD runs.
+"""Room client: what `iommufdctl run`, and `mount --exact`, do while CMD runs.
 
 It waits for CMD, passes signals on, prints what the daemon says, and opens for it what it may not (reach.py). When the
 daemon dies the keeper answers in its place: ENODEV for what is /dev/iommu's, and everything else goes on as if nobody
@@ -54,6 +54,9 @@ def check_welcome(reply: bytes) -> None:
 
 class Keeper:
     """One run of CMD."""
+
+    farewell = "/dev/iommu answers ENODEV from now on"  # when the daemon is gone
+    in_work: int | None = -errno.ENODEV  # the answer to the call it had in work; None: the kernel's
 
     def __init__(
         self,
@@ -181,11 +184,11 @@ class Keeper:
         """Answer the call that the daemon had in work, and those that come."""
         if not self._processes_left():
             return
-        sys.stderr.write("iommufdctl: the daemon is gone; /dev/iommu answers ENODEV from now on\n")
+        sys.stderr.write(f"iommufdctl: the daemon is gone; {self.farewell}\n")
         sys.stderr.flush()
         current = int.from_bytes(self.page[:8], "little")
         if current:
-            self._send(current, -errno.ENODEV)
+            self._send(current, self.in_work)
         self._poll.register(self.listener, select.POLLIN)
 
     def answer(self, mask: int) -> None:
@@ -200,12 +203,12 @@ class Keeper:
             return  # killed meanwhile
         notification, pid, _, nr, _, _, *args = seccomp.NOTIF.unpack(data)
         try:
-            ours = self._is_ours(pid, nr, args)
+            ours = self.is_ours(pid, nr, args)
         except (OSError, OverflowError):
             ours = False
         self._send(notification, -errno.ENODEV if ours else None)
 
-    def _is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
+    def is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
         """Whether the call was the daemon's to answer. OSError."""
         numbers = self.numbers
         if nr in (numbers.open, numbers.openat, numbers.openat2):

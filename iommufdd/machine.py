@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .user import User
+from .user import Events, User
 
 if TYPE_CHECKING:
     from .iommu.selftest_ops import SelftestIommu
@@ -17,6 +17,7 @@ class Machine:
 
     def __init__(self, name: str, mock: SelftestIommu) -> None:
         self.name = name
+        self.events = Events(name)
         self.mock = mock
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}

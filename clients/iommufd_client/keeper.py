@@ -17,8 +17,12 @@ import signal
 import socket
 import struct
 import sys
+from typing import TYPE_CHECKING
 
 from iommufd_uapi import seccomp
+
+if TYPE_CHECKING:
+    from .follower import Follower
 
 SIGINFO = struct.Struct("<Iii116x")  # struct signalfd_siginfo: signo, errno, code
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
@@ -58,8 +62,10 @@ class Keeper:
         numbers: seccomp.Syscalls,
         *,
         welcome: bool,
+        follower: Follower | None = None,
     ) -> None:
         """`welcome`: the reply to the hello is still to come."""
+        self.follower = follower
         self.welcome = welcome
         self.connection = connection
         self.listener = listener
@@ -75,8 +81,11 @@ class Keeper:
         poll = self._poll
         for fd in (exited, signals, self.connection.fileno()):
             poll.register(fd, select.POLLIN)
+        if self.follower is not None:
+            poll.register(self.follower, select.POLLIN)
         while True:
             ready = dict(poll.poll())
+            self._follow(ready)
             if signals in ready:
                 self._forward(os.read(signals, SIGINFO.size))
             if self.connection.fileno() in ready:
@@ -90,6 +99,14 @@ class Keeper:
         poll.unregister(signals)
         self._outlive(last_words=last_words)
         return status if status >= 0 else 128 - status
+
+    def _follow(self, ready: dict[int, int]) -> None:
+        """What the daemon tells of events."""
+        follower = self.follower
+        if follower is not None and follower.fileno() in ready and not follower.pump():
+            self._poll.unregister(follower)
+            follower.close()
+            self.follower = None
 
     def _forward(self, data: bytes) -> None:
         number, _, code = SIGINFO.unpack(data)
@@ -123,6 +140,7 @@ class Keeper:
         if not self._processes_left():
             if last_words:
                 self._last_words()
+            self._finish_trace()
             return
         if os.fork():
             return
@@ -131,11 +149,13 @@ class Keeper:
         for fd in range(3):
             os.dup2(null, fd)
         while self.daemon_lives or self._processes_left():
-            for fd, mask in self._poll.poll():
-                if fd == self.listener:
-                    self.answer(mask)
-                else:
-                    self._listen()
+            ready = dict(self._poll.poll())
+            self._follow(ready)
+            if self.connection.fileno() in ready:
+                self._listen()
+            if self.listener in ready:
+                self.answer(ready[self.listener])
+        self._finish_trace()
         os._exit(0)
 
     def _processes_left(self) -> bool:
@@ -148,6 +168,11 @@ class Keeper:
         self.connection.settimeout(PATIENCE)
         while self.daemon_lives:
             self._listen()
+
+    def _finish_trace(self) -> None:
+        """The rest: the daemon closes the socket when it has told all."""
+        while self.follower is not None and self.follower.pump():
+            pass
 
     # ---- in place of the daemon ----
 

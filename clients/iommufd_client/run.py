@@ -21,6 +21,7 @@ from typing import NamedTuple
 from iommufd_uapi import seccomp
 
 from .filter import program
+from .follower import Follower
 from .keeper import Keeper, RunError, check_welcome
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
@@ -29,7 +30,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
-EXPLAIN, SUMMARY, PROC = 1, 2, 4
+EXPLAIN, SUMMARY, PROC, TRACE = 1, 2, 4, 32
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
 
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     summary: bool = False
     proc: bool = False
     fd_base: int = 0  # lowest number for descriptors that the daemon installs
+    trace: str = ""  # a file for the events, "-" for stderr
 
 
 def run(options: Options) -> int:
@@ -53,6 +55,7 @@ def run(options: Options) -> int:
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
     base = options.fd_base or fd_base()
+    follower = Follower(options.trace) if options.trace else None
     page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(page, seccomp.NOTIF_PAGE)
     fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
@@ -61,7 +64,7 @@ def run(options: Options) -> int:
         child, ours = _start(options, numbers, base)
         try:
             listener = _receive_listener(ours, child)
-            _hand_over(connection, options, listener, page, base)
+            _hand_over(connection, options, listener, page, base, follower)
             if daemon is None:  # else CMD need not wait for it to start: its first call on /dev/iommu will
                 check_welcome(connection.recv(4096))
             ours.send(b"go")
@@ -70,7 +73,7 @@ def run(options: Options) -> int:
             os.waitpid(child, 0)
             raise
         ours.close()
-        keeper = Keeper(connection, listener, page, child, numbers, welcome=daemon is not None)
+        keeper = Keeper(connection, listener, page, child, numbers, welcome=daemon is not None, follower=follower)
         return keeper.run(last_words=options.explain or options.summary)
     except BaseException:
         connection.close()
@@ -119,15 +122,20 @@ def spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, daemon
 
 
-def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
+def _hand_over(
+    connection: socket.socket, options: Options, listener: int, page: int, base: int, follower: Follower | None
+) -> None:
     """The hello. RunError."""
-    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
+    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc | TRACE * bool(follower)
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.encode(), b"")
-    rights = array.array("i", [listener, page, *_debug_folder(options)])
+    theirs = [follower.theirs.fileno()] if follower is not None else []
+    rights = array.array("i", [listener, page, *_debug_folder(options), *theirs])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     except OSError as error:
         raise RunError(f"the daemon went away: {error.strerror}") from None
+    if follower is not None:
+        follower.theirs.close()
 
 
 def _debug_folder(options: Options) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import weakref
 from typing import TYPE_CHECKING
 
 from iommufdd.context import Context
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.machine import Machine
+    from iommufdd.user import EventListener
 
     from .channel import Channel
     from .nofile import Nofile
@@ -51,6 +53,7 @@ class OpenContext:
         """container: as /dev/vfio/vfio. mappable: the memfd has room for registers at their offsets. EMFILE."""
         self.instance = instance
         self.uid = uid
+        self.owner: object = None  # the front end that opened it for a process
         instance.instances.nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -83,6 +86,8 @@ class Instances:
         self.contexts: dict[FileKey, OpenContext] = {}
         self._new_machine = new_machine
         self._named: dict[str, Instance] = {}
+        self._machines: weakref.WeakSet[Machine] = weakref.WeakSet()
+        self._listener: EventListener | None = None
 
     def __iter__(self) -> Iterator[Instance]:
         """Every instance that has a context."""
@@ -92,7 +97,7 @@ class Instances:
         """open("/dev/iommu") on a machine: a new private one, or the one of that name. EMFILE."""
         instance = self._named.get(name)
         if instance is None:
-            instance = Instance(self, self._new_machine(name))
+            instance = self._new(name)
         context = OpenContext(instance, uid, container=container)
         if name:
             self._named[name] = instance
@@ -100,7 +105,23 @@ class Instances:
 
     def join(self, name: str) -> Instance:
         """The machine of that name if a context is open on it, else a new one; for contexts opened later."""
-        return self._named.get(name) or Instance(self, self._new_machine(name))
+        return self._named.get(name) or self._new(name)
+
+    def _new(self, name: str) -> Instance:
+        machine = self._new_machine(name)
+        self._machines.add(machine)
+        if self._listener is not None:
+            machine.events.add(self._listener)
+        return Instance(self, machine)
+
+    def listen(self, listener: EventListener | None) -> None:
+        """Let it hear of all that happens on every machine, those to come included; None: nobody any more."""
+        for machine in self._machines:
+            if self._listener is not None:
+                machine.events.remove(self._listener)
+            if listener is not None:
+                machine.events.add(listener)
+        self._listener = listener
 
     def find(self, fd: int) -> OpenContext:
         """The context that a descriptor identifies; EBADFD."""

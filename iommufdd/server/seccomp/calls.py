@@ -106,6 +106,7 @@ class Calls:
             context.ctx.put()
             return -error.errno
         installed.report = supervisor.report
+        context.owner = supervisor
         try:
             thread.files.install_context(installed, cloexec=bool(flags & os.O_CLOEXEC))
         except IommufdError as error:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import collections
-import errno
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from iommufd_uapi.iommufd import IOCTLS
-from iommufd_uapi.iommufd_test import TEST_OPS, TestCmd
-from iommufd_uapi.vfio import CONTAINER_IOCTLS
+from iommufd_uapi import decode
+from iommufd_uapi.events import braces, errno_name
+from iommufdd.server.trace import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iommufd_uapi.layout import Layout
     from iommufdd.context import Context
     from iommufdd.user import Caller
-
-NAMES: dict[int, str] = {
-    **{struct.CMD: struct.MACRO for struct in CONTAINER_IOCTLS},
-    **{struct.CMD: struct.MACRO for struct in IOCTLS},
-    TestCmd.CMD: "IOMMU_TEST_CMD",
-}
-LAYOUTS: dict[int, type[Layout]] = {
-    **{struct.CMD: struct for struct in CONTAINER_IOCTLS},
-    **{struct.CMD: struct for struct in IOCTLS},
-}
-DECIMAL = 4096  # numbers from here on are printed in hexadecimal
 
 
 class Calling(Protocol):
@@ -53,18 +40,19 @@ class Report:
 
     def ioctl(self, thread: Calling, ctx: Context, cmd: int, arg: int) -> int:
         """Carry an ioctl out, and count it."""
-        data = thread.caller.memory.read(arg, _size(cmd))
+        data = thread.caller.memory.read(arg, decode.size_of(cmd))
+        fields = decode.arguments(cmd, arg, data, View(ctx, thread.caller)) if self.explain else {}
         before = time.perf_counter()
         rc = ctx.ioctl(thread.caller, cmd, arg)
         self._seconds += time.perf_counter() - before
-        name = name_of(cmd, data)
+        name = decode.name_of(cmd, data)
         self._calls[name] += 1
         if rc < 0:
             self._failed[name] += 1
             if self.explain:
                 error = thread.caller.error
-                why = f"{error.name}: {error.reason}" if error is not None else _errno(-rc)
-                self.say(f"pid {thread.tid}: {name} = {why} {fields_of(cmd, data)}")
+                why = f"{error.name}: {error.reason}" if error is not None else errno_name(-rc)
+                self.say(f"pid {thread.tid}: {name} = {why} {braces(fields)}")
         return rc
 
     def closed(self, ctx: Context) -> None:
@@ -87,48 +75,3 @@ class Report:
         self.say(
             f"not destroyed before close: {left} in {self._contexts} contexts" if left else "nothing was left open"
         )
-
-
-def _size(cmd: int) -> int:
-    layout = LAYOUTS.get(cmd)
-    return TestCmd.SIZEOF if cmd == TestCmd.CMD else layout.SIZEOF if layout is not None else 0
-
-
-def name_of(cmd: int, data: bytes) -> str:
-    """The macro of an ioctl, or of a test operation."""
-    if cmd == TestCmd.CMD and len(data) >= 8:
-        op = TEST_OPS.get(int.from_bytes(data[4:8], "little"))
-        if op is not None:
-            return op.name
-    return NAMES.get(cmd, f"ioctl {cmd:#x}")
-
-
-def fields_of(cmd: int, data: bytes) -> str:
-    """`{size=12, flags=0, ...}`, as far as the memory could be read."""
-    if cmd == TestCmd.CMD:
-        test = TestCmd.unpack(data.ljust(TestCmd.SIZEOF, b"\0"))
-        op = TEST_OPS.get(test.op)
-        inner = _pairs(op.union.unpack(test.u)) if op is not None else []
-        return _braces([("id", test.id), *inner])
-    layout = LAYOUTS.get(cmd)
-    if layout is None:
-        return ""
-    return _braces(_pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0"))))
-
-
-def _pairs(obj: Layout) -> list[tuple[str, Any]]:
-    return [(name, getattr(obj, name)) for name in obj.__struct_fields__ if "reserved" not in name]
-
-
-def _braces(pairs: list[tuple[str, Any]]) -> str:
-    return "{" + ", ".join(f"{name}={_value(value)}" for name, value in pairs) + "}"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, int):
-        return str(value) if abs(value) < DECIMAL else hex(value)
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _errno(number: int) -> str:
-    return errno.errorcode.get(number, str(number))

@@ -113,7 +113,7 @@ class Trace:
     # ---- the event port ----
 
     def enter(self, ictx: Context, caller: Caller, cmd: int, uptr: int) -> Entered:
-        began, outer, self._current = now(), self._current, caller
+        outer, self._current = self._current, caller
         view = View(ictx, caller)
         data, fields = b"", {}
         if cmd:
@@ -123,7 +123,7 @@ class Trace:
                 fields = decode.arguments(cmd, uptr, data, view)
             except Exception as error:
                 log.bug(error, cmd=hex(cmd))
-        return Entered(began, view, data, fields, outer)
+        return Entered(now(), view, data, fields, outer)
 
     def ioctl(self, ictx: Context, caller: Caller, cmd: int, uptr: int, rc: int, entered: object) -> None:
         assert isinstance(entered, Entered)

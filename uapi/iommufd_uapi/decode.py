@@ -15,7 +15,7 @@ from . import vfio
 from .args import whole
 from .iommufd_test import TEST_OPS, TestCmd
 from .layout import Ioctl, Layout, VfioIoctl
-from .names import HEX, IDS, INVALIDATIONS, NAMES, NESTED, PLAIN, RECORDS, VFIO_EXTENSIONS
+from .names import HEX, IDS, INVALIDATIONS, NAMES, NESTED, PADS, PLAIN, RECORDS, VFIO_EXTENSIONS
 
 IOVA_RANGE = uapi.IovaRange.SIZEOF
 DECIMAL = 4096  #: numbers from here on are printed in hexadecimal
@@ -117,7 +117,7 @@ def _passed(obj: Layout, view: View) -> Iterator[tuple[str, str]]:
             continue
         if name in inner:
             yield name.removesuffix("_uptr"), inner[name]
-        elif "reserved" not in name or _is_set(getattr(obj, name)):
+        elif _matters(obj, name):
             yield name, _text(obj, name, view)
 
 
@@ -160,7 +160,8 @@ def _test_arguments(data: bytes, view: View) -> dict[str, str]:
     if cmd.id:
         found["id"] = f"fd {cmd.id}" if op.id_is_fd else _id(cmd.id, view)
     obj = op.union.unpack(cmd.u)
-    return found | {name: _text(obj, name, view) for name in obj.__struct_fields__ if not name.startswith("out_")}
+    names = [name for name in obj.__struct_fields__ if not name.startswith("out_")]
+    return found | {"u.id" if name == "id" else name: _text(obj, name, view) for name in names}
 
 
 def _test_written(before: bytes, after: bytes, view: View, *, ok: bool) -> dict[str, str]:
@@ -278,7 +279,7 @@ def _few(texts: Iterable[str]) -> list[str]:
 
 def describe(obj: Layout, view: View) -> str:
     """{addr=0x1000, npages=1}: reserved fields only if they are not zero."""
-    names = [name for name in obj.__struct_fields__ if "reserved" not in name or _is_set(getattr(obj, name))]
+    names = [name for name in obj.__struct_fields__ if _matters(obj, name)]
     return "{" + ", ".join(f"{name}={_text(obj, name, view)}" for name in names) + "}"
 
 
@@ -318,6 +319,8 @@ def _list(texts: list[str], *, more: bool) -> str:
     return f"[{', '.join([*texts, '...'] if more else texts)}]"
 
 
-def _is_set(value: object) -> bool:
-    return any(value) if isinstance(value, bytes) else bool(value)
+def _matters(obj: Layout, name: str) -> bool:
+    """Not a reserved field, or one that should be 0 and is not."""
+    value = getattr(obj, name)
+    return name not in PADS or (any(value) if isinstance(value, bytes) else bool(value))
 

@@ -142,6 +142,8 @@ IDS = frozenset([
     "out_stdev_id", "out_idev_id", "out_devid",
 ])  # fmt: skip
 
+PADS = frozenset(["reserved", "reserved2", "pad"])  #: must be 0: told only if they are not
+
 #: addresses, lengths of memory and registers, whatever their size
 HEX = frozenset([
     "iova", "length", "user_va", "start", "last", "dst_iova", "src_iova", "data", "data_uptr", "uptr", "page_size",

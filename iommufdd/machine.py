@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .description import MOCK
 from .iommu.dma import DmaQueue
-from .user import User
+from .user import Events, User
 
 if TYPE_CHECKING:
     from .description import MachineDescription
@@ -22,6 +22,7 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu, description: MachineDescription = MOCK) -> None:
         """`name` is the instance's, '' for a private one; the description has the machine's."""
         self.name = name
+        self.events = Events(name)
         self.mock = mock
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock

@@ -34,6 +34,7 @@ examples:
   iommufdctl show                       what the daemon has open
   iommufdctl dma vfio0 read 0x1000 64   what a device reads there, or why it cannot
   iommufdctl walk vfio0 0x1000          how that address is translated
+  iommufdctl trace --failed             which calls fail, and why
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -131,7 +132,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "show", "walk"],
+        "commands": ["demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "show", "trace", "walk"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -178,12 +179,13 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from . import hardware_options, machine_options, mount_options, run_options
+    from . import hardware_options, machine_options, mount_options, run_options, trace
 
     run_options.add(command)
     mount_options.add(command)
     machine_options.add(command)
     hardware_options.add(command)
+    trace.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 
@@ -215,10 +217,10 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .hardware_options import admin_of
+    from .admin import connect
     from .show import render
 
-    with admin_of(args) as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0

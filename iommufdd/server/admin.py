@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import socket
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import trio
 
 from iommufd_uapi import admin
-from iommufdd.errors import IommufdError
+from iommufd_uapi.events import KINDS, Filter
+from iommufdd.errors import EINVAL, EMFILE, IommufdError
 
 from . import log
 from .census import counts, tree
@@ -18,12 +21,10 @@ from .credentials import parse_caps, set_capabilities
 from .endpoints import transfer, walk
 
 if TYPE_CHECKING:
-    import socket
-
     from .channel import Channel
     from .serve import Server
 
-Immediate: TypeAlias = admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk
+Immediate: TypeAlias = admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk | admin.Trace
 MAX_CLIENTS = 16
 RECEIVE = 1 << 17  # bytes at a time
 PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
@@ -64,6 +65,9 @@ async def _converse(server: Server, stream: trio.SocketStream, scope: trio.Cance
             seen = 0
             scope.deadline = math.inf  # a DMA waits as long as it likes
             reply = await respond(server, stream.socket.fileno(), line)
+            if isinstance(reply, admin.Tracing):
+                _follow(server, stream.socket.fileno(), line, reply)
+                return
             scope.deadline = trio.current_time() + PATIENCE
             await stream.send_all(admin.encode(reply))
             scope.deadline = trio.current_time() + PATIENCE
@@ -101,6 +105,8 @@ def _answer(server: Server, request: Immediate) -> admin.Reply:
             return _fault(server, request)
         case admin.Walk():
             return walk(server, request)
+        case admin.Trace():
+            return _trace(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:
@@ -130,3 +136,26 @@ def _fault(server: Server, request: admin.Fault) -> admin.Reply:
         for gate in gates:
             gate.arm(request.nth)
     return admin.Gates([admin.Gate(gate.nth, gate.fired.name if gate.fired else None) for gate in gates])
+
+
+def _trace(server: Server, request: admin.Trace) -> admin.Reply:
+    from .trace import MAX_READERS, now
+
+    if unknown := sorted(set(request.only) - KINDS.keys()):
+        raise EINVAL(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
+    if len(server.trace.readers) >= MAX_READERS:
+        raise EMFILE(f"{MAX_READERS} readers follow the trace already")
+    return admin.Tracing(now())
+
+
+def _follow(server: Server, fd: int, line: bytes, reply: admin.Tracing) -> None:
+    """From here on the connection is the reactor's: no task has to wait for a reader that does not read."""
+    from .trace import Reader
+
+    request = admin.decode_request(line)
+    assert isinstance(request, admin.Trace)
+    chosen = Filter(frozenset(request.pids), request.machine, frozenset(request.only), request.failed)
+    sock = socket.socket(fileno=os.dup(fd))
+    Reader(
+        server.trace, server.reactor, sock, lambda event, _: chosen(event), admin.encode, first=admin.encode(reply)
+    )

@@ -36,8 +36,15 @@ callers:
   caps is none, or ipc_lock, sys_rawio and sys_resource joined by '+'. memlock is in bytes, or
   'unlimited'.
 
+sanitizer:
+  --sanitize watches the translations of all DMA, on machines with an IOMMU that translates: what a cache
+  gave is compared with what memory says. What was used although an invalidation was due that never came,
+  until its device was detached, goes to the log, and to 'iommufdctl sanitize'. --sanitize=fail also fails
+  DMA that meets such a translation again. A use before the invalidation came is counted, no more.
+
 exit status:
   0  stopped by SIGTERM or SIGINT, or --terminate and the last client has left
+  66 the same, with --sanitize=fail, and an invalidation never came
   1  could not start
   2  wrong usage
 
@@ -123,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the admin socket set credentials of an address space",
     )
+    checks = parser.add_argument_group("checks")
+    checks.add_argument(
+        "--sanitize", "--sanitize=report", action="store_const", const="report", default="off",
+        help="report DMA through translations that should have been flushed",
+    )  # fmt: skip
+    checks.add_argument("--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and fail")
     output = parser.add_argument_group("output and tuning")
     output.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
@@ -186,15 +199,16 @@ def _serve(args: argparse.Namespace) -> int:
     from .wiring import new_machine
 
     server = Server(
-        new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6
-    )
+        new_machine, virtual=args.caller or OWN, virtual_caller=args.virtual_caller, spin=args.spin_us / 1e6,
+        sanitize=args.sanitize,
+    )  # fmt: skip
     try:
         admin = _open_sockets(server, args)
         gc.freeze()  # what the imports made is never garbage
         trio.run(lambda: run(server, admin=admin, terminate=args.terminate))
     finally:
         server.close()
-    return 0
+    return server.sanitize.end() if server.sanitize is not None else 0
 
 
 def _open_sockets(server: Server, args: argparse.Namespace) -> socket.socket | None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from .user import User
 
 if TYPE_CHECKING:
+    from .iommu.ops import IommuOps
     from .iommu.selftest_ops import SelftestIommu
+    from .sanitizer import Sanitizer
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
 
@@ -18,6 +20,8 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu) -> None:
         self.name = name
         self.mock = mock
+        self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
+        self.sanitizer: Sanitizer | None = None
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.iommu.wrong import the_wrong_page_is_flushed
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -36,6 +38,13 @@ def test_the_unmodified_program_runs() -> None:
     done = subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
     assert done.stdout == "ioas 1\n"
     assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
+
+
+def test_the_report_is_what_that_program_is_told() -> None:
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    vmm, _ = the_wrong_page_is_flushed()
+    vmm.end()
+    assert block.splitlines() == [f"iommufd: {line}" for line in vmm.sanitizer.summary()]
 
 
 def test_the_drawing_shows_every_module_of_the_core() -> None:

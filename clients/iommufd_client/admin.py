@@ -77,6 +77,10 @@ class Admin:
         """Let the nth acquisition from now fail (0: none), or ask what has failed."""
         return self._request(admin.Fault(mm, nth), admin.Gates).gates
 
+    def sanitize(self, machine: str | None = None, *, settle: bool = False) -> list[admin.Findings]:
+        """What the sanitizer has found, for each machine; settle: what was not flushed until now never was. ENOENT."""
+        return self._request(admin.Sanitize(machine, settle), admin.Sanitized).machines
+
     def close(self) -> None:
         self._sock.close()
 

@@ -12,6 +12,7 @@ from . import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .admin import Admin
     from .show import Paint
 
 DESCRIPTION = """\
@@ -31,6 +32,7 @@ examples:
   iommufdctl demo                       a small VMM against a private daemon, in a second
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
+  iommufdctl sanitize                   DMA through translations that nobody has flushed
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -70,6 +72,26 @@ examples:
   iommufdctl doctor qemu-system-x86_64
   iommufdctl doctor -- ./my-test --verbose
   iommufdctl doctor --json ping | jq -r '.way, .reason'     run, mount or none
+"""
+
+SANITIZE = """\
+Print what the translation sanitizer of a daemon has found so far: DMA that used a cached translation although the
+page table had changed and the invalidation that was due never came, or has not come yet. The daemon watches its
+machines if it was started with --sanitize, or the machine of an 'iommufdctl run --sanitize'."""
+
+SANITIZE_EPILOG = """\
+report:
+  never flushed      the device was detached, or --settle given, before an invalidation covered it
+  not flushed yet    the invalidation may still come: a use before it comes is no mistake
+  came               invalidations that did not do it, and why
+
+exit status:
+  0 nothing was never flushed; 1 something was, or no daemon, or no such machine; 2 for wrong usage
+
+examples:
+  iommufdctl sanitize
+  iommufdctl sanitize --machine pair --settle
+  iommufdctl sanitize --json | jq '.machines[].never'
 """
 
 IOCTLS = """\
@@ -128,7 +150,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "mount", "run", "show"],
+        "commands": ["demo", "doctor", "ioctls", "mount", "run", "sanitize", "show"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -162,6 +184,14 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--admin-socket", metavar="PATH", help="its admin socket (default: the socket with .admin)")
     _json(show)
     show.set_defaults(run=_show)
+
+    sanitize = command("sanitize", "DMA through translations that were not flushed", SANITIZE, SANITIZE_EPILOG)
+    _socket_path(sanitize)
+    sanitize.add_argument("--admin-socket", metavar="PATH", help="its admin socket (default: the socket with .admin)")
+    sanitize.add_argument("--machine", metavar="INSTANCE", help="of the machine of this name alone")
+    sanitize.add_argument("--settle", action="store_true", help="what is not flushed yet never will be")
+    _json(sanitize)
+    sanitize.set_defaults(run=_sanitize)
 
     doctor = command("doctor", "what works on this host", DOCTOR, DOCTOR_EPILOG)
     _socket_path(doctor)
@@ -212,22 +242,45 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .admin import Admin
-    from .connection import default_socket_path
     from .show import render
 
-    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
-    try:
-        opened = Admin(path)
-    except OSError as error:
-        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
-    with opened as admin:
+    with _admin(args) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0
         import json
 
         return _print_json(json.loads(admin.ask(requests.Show())))
+
+
+def _admin(args: argparse.Namespace) -> Admin:
+    """The admin socket that the options name. OSError."""
+    from .admin import Admin
+    from .connection import default_socket_path
+
+    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
+    try:
+        return Admin(path)
+    except OSError as error:
+        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
+
+
+def _sanitize(args: argparse.Namespace) -> int:
+    from iommufd_uapi import admin as requests
+
+    with _admin(args) as admin:
+        found = admin.sanitize(args.machine, settle=args.settle)
+    if args.json:
+        import json
+
+        _print_json(json.loads(requests.encode(requests.Sanitized(found))))
+    elif not found:
+        print("no machine is open")
+    for machine in () if args.json else found:
+        name = f"machine {machine.machine!r}" if machine.machine else "a private machine"
+        print(f"{name}: the sanitizer is off" if machine.mode == "off" else f"{name}, mode {machine.mode}:")
+        print("".join(f"  {line}\n" for line in machine.lines), end="")
+    return int(any(machine.never for machine in found))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -67,6 +67,7 @@ class Keeper:
         self.child = child
         self.numbers = numbers
         self.daemon_lives = True
+        self.verdict = 0  # the exit status if CMD's own is 0
         self._poll = select.poll()
 
     def run(self, *, last_words: bool) -> int:
@@ -89,7 +90,7 @@ class Keeper:
         poll.unregister(exited)
         poll.unregister(signals)
         self._outlive(last_words=last_words)
-        return status if status >= 0 else 128 - status
+        return status or self.verdict if status >= 0 else 128 - status
 
     def _forward(self, data: bytes) -> None:
         number, _, code = SIGINFO.unpack(data)
@@ -108,6 +109,8 @@ class Keeper:
                 check_welcome(text)
             except RunError as error:
                 sys.stderr.write(f"iommufdctl: {error}\n")
+        elif text[:1] == b"\0":
+            self.verdict = text[1]
         elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()

@@ -30,6 +30,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
 EXPLAIN, SUMMARY, PROC = 1, 2, 4
+SANITIZE = {"": 0, "report": 64, "fail": 64 | 128}
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
 
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     summary: bool = False
     proc: bool = False
     fd_base: int = 0  # lowest number for descriptors that the daemon installs
+    sanitize: str = ""  # "report", "fail"
 
 
 def run(options: Options) -> int:
@@ -71,7 +73,7 @@ def run(options: Options) -> int:
             raise
         ours.close()
         keeper = Keeper(connection, listener, page, child, numbers, welcome=daemon is not None)
-        return keeper.run(last_words=options.explain or options.summary)
+        return keeper.run(last_words=options.explain or options.summary or bool(options.sanitize))
     except BaseException:
         connection.close()
         if daemon is not None:
@@ -121,7 +123,7 @@ def spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
 
 def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
     """The hello. RunError."""
-    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc
+    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc | SANITIZE[options.sanitize]
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.encode(), b"")
     rights = array.array("i", [listener, page, *_debug_folder(options)])
     try:

@@ -87,6 +87,10 @@ def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
             return _credentials(server, request)
         case admin.Fault():
             return _fault(server, request)
+        case admin.Sanitize():
+            from .sanitize import findings
+
+            return findings(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .channel import Channel
     from .fuse.session import Session
+    from .sanitize import Sanitize
     from .seccomp.fds import Watch
     from .seccomp.notify import Supervisor
 
@@ -47,12 +48,20 @@ class Server:
         linger: float = LINGER,
         spin: float = 0.0,
         nofile: int | None = None,
+        sanitize: str = "off",
     ) -> None:
+        """sanitize: off, report, fail (iommufdd.sanitizer.Mode)."""
         self.virtual = virtual
         self.virtual_caller = virtual_caller  # the admin socket may set credentials
         self.nofile = Nofile(nofile)
         self.page_files = PageFiles(self.nofile)
         self.pipes = Pipes(self.nofile)
+        self.sanitize: Sanitize | None = None
+        if sanitize != "off":
+            from .sanitize import Sanitize
+
+            self.sanitize = Sanitize(sanitize)
+            new_machine = self.sanitize.watched(new_machine)
         self.instances = Instances(new_machine, self.nofile)
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)

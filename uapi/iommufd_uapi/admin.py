@@ -51,6 +51,16 @@ class Fault(Request, tag="fault"):
     nth: int | None = None
 
 
+class Sanitize(Request, tag="sanitize"):
+    """What the translation sanitizer has found so far. ENOENT when there is no machine of that name.
+
+    With `settle`, what was used and not flushed until now counts as never flushed.
+    """
+
+    machine: str | None = None  #: the name of an instance, "" for the private ones; null for all
+    settle: bool = False
+
+
 # ---- replies -----------------------------------------------------------------------------------------------
 
 
@@ -164,8 +174,27 @@ class Tree(Reply, tag="show"):
     instances: list[Instance]
 
 
-AnyRequest = Show | Stats | Credentials | Fault
-AnyReply = Error | Done | Gates | Counts | Tree
+class Findings(msgspec.Struct):
+    """The sanitizer of one machine."""
+
+    machine: str
+    mode: str  #: off, report, fail
+    checked: int = 0  #: uses of translations
+    never: int = 0  #: stale translations used that were never flushed
+    raced: int = 0  #: used before their flush came
+    pending: int = 0  #: used, and not flushed yet
+    useless: int = 0  #: invalidations that dropped nothing
+    lines: list[str] = []  #: the report
+
+
+class Sanitized(Reply, tag="sanitize"):
+    """One for each machine."""
+
+    machines: list[Findings]
+
+
+AnyRequest = Show | Stats | Credentials | Fault | Sanitize
+AnyReply = Error | Done | Gates | Counts | Tree | Sanitized
 R = TypeVar("R", bound=Reply)
 
 _encoder = msgspec.json.Encoder()

@@ -68,6 +68,8 @@ SUPERVISE_SUMMARY = 2  #: Hello.flags: what was called and what is left, when th
 SUPERVISE_PROC = 4  #: Hello.flags: serve /proc/N/status and fault injection
 MOUNT_OTHERS = 8  #: Hello.flags: callers may be other users than who mounted it
 MOUNT_CONTAINER = 16  #: Hello.flags: as /dev/vfio/vfio
+SUPERVISE_SANITIZE = 64  #: Hello.flags: tell of translations used that should have been flushed
+SUPERVISE_SANITIZE_FAIL = 128  #: Hello.flags: the same, and a verdict; DMA through what was never flushed fails
 MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE or MOUNT
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.wire import MAX_CALLER, SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY, HelloReply
+from iommufd_uapi.wire import (
+    MAX_CALLER,
+    SUPERVISE_EXPLAIN,
+    SUPERVISE_PROC,
+    SUPERVISE_SANITIZE,
+    SUPERVISE_SANITIZE_FAIL,
+    SUPERVISE_SUMMARY,
+    HelloReply,
+)
 from iommufdd.errors import EBADF, EINVAL, IommufdError
 from iommufdd.server.credentials import OWN, Virtual, parse_virtual
 
@@ -17,7 +25,9 @@ if TYPE_CHECKING:
     from iommufd_uapi.wire import Hello
     from iommufdd.server.channel import Channel
 
-FLAGS = SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY | SUPERVISE_PROC
+FLAGS = (
+    SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY | SUPERVISE_PROC | SUPERVISE_SANITIZE | SUPERVISE_SANITIZE_FAIL
+)
 LEAST_BASE = 3
 
 

@@ -22,7 +22,13 @@ from iommufd_uapi.seccomp import (
     SECCOMP_USER_NOTIF_FLAG_CONTINUE,
     native,
 )
-from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_SUMMARY
+from iommufd_uapi.wire import (
+    SUPERVISE_EXPLAIN,
+    SUPERVISE_PROC,
+    SUPERVISE_SANITIZE,
+    SUPERVISE_SANITIZE_FAIL,
+    SUPERVISE_SUMMARY,
+)
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
 from iommufdd.server.memory import get_seals
@@ -34,6 +40,7 @@ from .report import Report
 from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
+    from iommufdd.sanitizer import Sanitizer
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.files import FileKey, Pipe
@@ -83,6 +90,7 @@ class Supervisor(Targets[Thread]):
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
+        self.sanitizer: Sanitizer | None = None  # of the machine, if it wants to know
         self.listener = listener
         self.debug_folder = -1
         self.proc = False
@@ -126,9 +134,14 @@ class Supervisor(Targets[Thread]):
             os.close(self.debug_folder)
         self.server.supervisors.discard(self)
         log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
-        if self.report is not None and self.channel is not None:
+        if self.channel is not None and (self.report is not None or self.sanitizer is not None):
             self._drain()
-            self.report.end()
+            if self.report is not None:
+                self.report.end()
+            if self.sanitizer is not None:
+                from iommufdd.server.sanitize import tell
+
+                tell(self.channel, self.sanitizer)
         if self.channel is not None:
             self.channel.close(why)
         self.server.channel_closed()
@@ -150,6 +163,12 @@ class Supervisor(Targets[Thread]):
             self.report = Report(
                 channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
             )
+        if flags & (SUPERVISE_SANITIZE | SUPERVISE_SANITIZE_FAIL):
+            from iommufdd.sanitizer import Mode
+            from iommufdd.server.sanitize import sanitize
+
+            mode = Mode.FAIL if flags & SUPERVISE_SANITIZE_FAIL else Mode.REPORT
+            self.sanitizer = sanitize(self.machine, mode)
 
     def detach(self) -> None:
         """The keeper is gone; the processes are served until the last one ends."""

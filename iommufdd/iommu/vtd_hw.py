@@ -71,11 +71,11 @@ class VtdHardware:
             context = self.contexts.entries.get((dev, pasid)) or self._context(dev, pasid)
             if access > 3:
                 context.check_request(access)
+            if pasid is None and iova in INTERRUPTS:  # before a page around it that the IOTLB has
+                raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
             entry = context.space.lookup(iova)
             if entry is not None and entry.allowed >> access & 1:
                 return entry
-            if pasid is None and iova in INTERRUPTS:
-                raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
             return Walk(self, context, cached=True).translate(iova, access)
         except TranslationFault as fault:
             self._refuse(dev, pasid, iova, access, fault)

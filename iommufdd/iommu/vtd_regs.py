@@ -123,6 +123,8 @@ _SECOND = {
 
 def reason(fault: TranslationFault, *, nested: bool, levels: int) -> Reason:
     """The fault reason of a walk that stopped; levels: of the first stage."""
+    if fault.why is Why.INTERRUPT:
+        return Reason.INTERRUPT
     if fault.stage == 1:
         if fault.why is Why.UNREADABLE and fault.level == levels:
             return Reason.FS_ROOT_ACCESS

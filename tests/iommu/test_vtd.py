@@ -97,3 +97,15 @@ def test_a_revoked_dmabuf_leaves_the_caches() -> None:
     lab.c.test(test_uapi.DmabufRevoke(fd, True))
     assert lab.fault(idev, iova) == Reason.FS_NOT_PRESENT
     assert lab.fault(other, iova) == Reason.FS_NOT_PRESENT
+
+
+def test_a_large_page_around_the_interrupt_range_does_not_reach_into_it() -> None:
+    lab = Lab()
+    idev = lab.device()
+    hwpt, ram, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    table.map(0xFEE00000, 0x200000, level=2)
+    ram.write(0x300000, b"behind")
+    assert lab.read(idev, 0xFEF00000, 6) == b"behind"
+    assert lab.fault(idev, 0xFEE00000) == Reason.INTERRUPT
+    assert lab.fault(idev, 0xFEEFFFFF) == Reason.INTERRUPT

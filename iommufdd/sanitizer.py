@@ -140,8 +140,10 @@ class Sanitizer(Monitor):
         try:
             fresh = dev.iommu.walk_fresh(dev, pasid, iova, access)
         except TranslationFault as fault:
-            steps, says = fault.steps, str(fault)
             self._fresh_last = entry.last
+            if fault.why is Why.INTERRUPT:  # of the request, not of a table: a device TLB need not know
+                return
+            steps, says = fault.steps, str(fault)
         else:
             self._fresh_last = fresh.last
             if entry.same_as(fresh):

@@ -24,10 +24,12 @@ changes = st.one_of(
     st.tuples(st.just("unmap"), iovas, st.just(0)),
     st.tuples(st.just("protect"), iovas, st.just(0)),
     st.tuples(st.just("table"), iovas, st.sampled_from(TARGETS)),
-    st.tuples(st.just("large"), iovas, st.sampled_from((0, M2))),
+    st.tuples(st.just("large"), iovas, st.sampled_from((2 * M2, 3 * M2))),
 )
-uses = st.lists(st.tuples(iovas, st.booleans()), max_size=4)
-rounds = st.lists(st.tuples(uses, changes, uses, st.sampled_from(("exact", "table", "all", "forgotten"))), max_size=12)
+uses = st.lists(st.tuples(iovas, st.booleans()), max_size=3)
+touches = st.lists(st.booleans(), max_size=2)  # of the page that changes: write or not
+hows = st.sampled_from(("exact", "table", "all", "forgotten"))
+rounds = st.lists(st.tuples(uses, touches, changes, touches, uses, hows), min_size=1, max_size=8)
 caches = st.sampled_from((("greedy", 4096), ("faithful", 4), ("off", 4096)))
 
 
@@ -38,8 +40,9 @@ class Guest:
         self.vmm = Vmm(pages=4096, ats=ats, mode=cache[0], entries=cache[1])
         for target in TARGETS:
             self.vmm.ram.write(target, target.to_bytes(8, "little"))
-        for number, iova in enumerate(PAGES):
+        for number, iova in enumerate(PAGES[:6]):
             self.vmm.table.map(iova, TARGETS[number % len(TARGETS)])
+        self.vmm.table.map(PAGES[6], 2 * M2, level=2)
         self.wrong = 0
 
     def change(self, what: str, iova: int, target: int) -> tuple[int, int, bool]:
@@ -59,7 +62,19 @@ class Guest:
         table.set(at, new)
         return iova, 1, True
 
-    def flush(self, how: str, first: int, pages: int, *, leaf: bool) -> None:
+    def round(
+        self, before: list[tuple[int, bool]], first: list[bool], change: tuple[str, int, int], then: list[bool],
+        after: list[tuple[int, bool]],
+    ) -> tuple[int, int, bool]:  # fmt: skip
+        """A change with DMA before and after it; what to flush."""
+        for iova, write in (*before, *((change[1], write) for write in first)):
+            self.use(iova, write=write)
+        flush = self.change(*change)
+        for iova, write in (*((change[1], write) for write in then), *after):
+            self.use(iova, write=write)
+        return flush
+
+    def flush(self, how: str, first: int, pages: int, leaf: bool) -> None:
         if how == "exact":
             self.vmm.flush(first, pages, LEAF if leaf else 0)
         elif how == "table":
@@ -106,11 +121,8 @@ class Guest:
 @given(caches, st.booleans(), rounds)
 def test_who_flushes_is_never_reported(cache: tuple[str, int], ats: bool, program: list) -> None:  # type: ignore[type-arg]
     guest = Guest(cache, ats=ats)
-    for before, change, meanwhile, how in program:
-        _use(guest, before)
-        first, pages, leaf = guest.change(*change)
-        _use(guest, meanwhile)
-        guest.flush("exact" if how == "forgotten" else how, first, pages, leaf=leaf)
+    for *uses, how in program:
+        guest.flush("exact" if how == "forgotten" else how, *guest.round(*uses))
     assert guest.vmm.end() == []
 
 
@@ -118,16 +130,8 @@ def test_who_flushes_is_never_reported(cache: tuple[str, int], ats: bool, progra
 @given(caches, st.booleans(), rounds)
 def test_no_wrong_dma_goes_unnoticed(cache: tuple[str, int], ats: bool, program: list) -> None:  # type: ignore[type-arg]
     guest = Guest(cache, ats=ats)
-    for before, change, meanwhile, how in program:
-        _use(guest, before)
-        first, pages, leaf = guest.change(*change)
-        _use(guest, meanwhile)
-        guest.flush(how, first, pages, leaf=leaf)
+    for *uses, how in program:
+        guest.flush(how, *guest.round(*uses))
     reported = guest.vmm.end()
-    if all(how == "forgotten" for _, _, _, how in program):
+    if all(how == "forgotten" for *_, how in program):
         assert bool(reported) >= bool(guest.wrong)
-
-
-def _use(guest: Guest, iovas: list[tuple[int, bool]]) -> None:
-    for iova, write in iovas:
-        guest.use(iova, write=write)

@@ -139,6 +139,10 @@ class Admin:
                 return
             self._received += data
 
+    def sanitize(self, machine: str | None = None, *, settle: bool = False) -> list[admin.Findings]:
+        """What the sanitizer has found, for each machine; settle: what was not flushed until now never was. ENOENT."""
+        return self._request(admin.Sanitize(machine, settle), admin.Sanitized).machines
+
     def close(self) -> None:
         self._sock.close()
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .serve import Server
 
-Immediate: TypeAlias = admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk | admin.Trace
+Immediate: TypeAlias = (
+    admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk | admin.Trace | admin.Sanitize
+)
 MAX_CLIENTS = 16
 RECEIVE = 1 << 17  # bytes at a time
 PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
@@ -107,6 +109,10 @@ def _answer(server: Server, request: Immediate) -> admin.Reply:
             return walk(server, request)
         case admin.Trace():
             return _trace(server, request)
+        case admin.Sanitize():
+            from .sanitize import findings
+
+            return findings(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:

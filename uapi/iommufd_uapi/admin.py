@@ -83,6 +83,8 @@ class Walk(Request, tag="walk"):
     pasid: int | None = None
     op: Literal["read", "write"] = "read"
     privileged: bool = False
+
+
 class Trace(Request, tag="trace"):
     """Follow what happens. After the reply come events, one a line (decode_event), until either side hangs up.
 
@@ -93,6 +95,16 @@ class Trace(Request, tag="trace"):
     machine: str | None = None  #: null: all
     only: list[str] = msgspec.field(default_factory=lambda: sorted(USUAL))
     failed: bool = False  #: nothing but what failed
+
+
+class Sanitize(Request, tag="sanitize"):
+    """What the translation sanitizer has found so far. ENOENT when there is no machine of that name.
+
+    With `settle`, what was used and not flushed until now counts as never flushed.
+    """
+
+    machine: str | None = None  #: the name of an instance, "" for the private ones; null for all
+    settle: bool = False
 
 
 # ---- replies -----------------------------------------------------------------------------------------------
@@ -321,14 +333,33 @@ class Tree(Reply, tag="show"):
     instances: list[Instance]
 
 
+class Findings(msgspec.Struct):
+    """The sanitizer of one machine."""
+
+    machine: str
+    mode: str  #: off, report, fail
+    checked: int = 0  #: uses of translations
+    never: int = 0  #: stale translations used that were never flushed
+    raced: int = 0  #: used before their flush came
+    pending: int = 0  #: used, and not flushed yet
+    useless: int = 0  #: invalidations that dropped nothing
+    lines: list[str] = []  #: the report
+
+
+class Sanitized(Reply, tag="sanitize"):
+    """One for each machine."""
+
+    machines: list[Findings]
+
+
 class Tracing(Reply, tag="trace"):
     """Events follow. `time` is now, as Event.time has it."""
 
     time: int
 
 
-AnyRequest = Show | Stats | Credentials | Fault | Dma | Walk | Trace
-AnyReply = Error | Done | Gates | Counts | Tree | Moved | Walked | Tracing
+AnyRequest = Show | Stats | Credentials | Fault | Dma | Walk | Trace | Sanitize
+AnyReply = Error | Done | Gates | Counts | Tree | Moved | Walked | Tracing | Sanitized
 R = TypeVar("R", bound=Reply)
 
 _encoder = msgspec.json.Encoder()

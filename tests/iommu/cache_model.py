@@ -263,22 +263,20 @@ class CacheModel:
 
     def walk(self, guest: GuestModel, tag: TagModel, iova: int) -> Value:
         t = tag.kept1.get(iova >> 21)
+        root: int | None = None  # the level-2 table, if this walk found it itself
         if t is None:
             d = tag.kept2.get(iova >> 30)
-            from_root = d is None
             if d is None:
-                d = guest.to2[(iova >> 30) - 1]
+                d = root = guest.to2[(iova >> 30) - 1]
             t = guest.to1[d, iova >> 21 & 511]
             if t is None:
                 return -0x71
-        else:
-            from_root = False
         page = guest.pages[t, iova >> 12 & 511]
         if page is None:
             return -0x71
         if self.caching:
-            if from_root:
-                tag.kept2[iova >> 30] = d
+            if root is not None:
+                tag.kept2[iova >> 30] = root
             tag.kept1[iova >> 21] = t
         frame = self.frames.get(page)
         return -0x79 if frame is None else frame

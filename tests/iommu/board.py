@@ -136,6 +136,11 @@ class Board:
             self._check_reach(entry.first, entry.last, entry.pos, entry.allowed, pasid)
         return entry.pos + iova - entry.first, 0
 
+    def check_promises(self, iova: int, access: str, pasid: int | None = PASID) -> None:
+        """What a fresh walk promises, where a cached one has set its bits before."""
+        entry = self.lab.iommu.walk_fresh(self.dev, pasid, iova, sum(LETTERS[letter] for letter in access))
+        self._check_reach(entry.first, entry.last, entry.pos, entry.allowed, pasid)
+
     def _check_reach(self, first: int, last: int, pos: int, allowed: int, pasid: int | None) -> None:
         """What the entry promises for more accesses, at both of its ends, is what the reference would say."""
         for access in ("r", "w", "rw", "rx", "rp", "wp", "rwp", "rxp"):

@@ -90,6 +90,46 @@ def every_right_at_every_level() -> None:
 
 
 @check
+def supervisors_write_to_large_read_only_pages() -> None:
+    """But for WPE; users never do."""
+    board = Board()
+    for wpe in (0, 1):
+        for rights in ("ru", "rua", "ruad", "r"):
+            table = guest(board, wpe=wpe)
+            base = LOW >> 21 << 21
+            table.map(base, 0, rights, level=2)
+            go(board)
+            assert board.check(base + 0x5000, "wp") == (0x85 if wpe else 0)
+            assert board.check(base + 0x5000, "w") == (0x85 if "u" in rights else 0x81)
+            board.check_bits()
+
+
+@check
+def a_fresh_walk_has_nine_bits_of_index_too() -> None:
+    """And promises no more than its entries do."""
+    board = Board()
+    table = guest(board)
+    base = LOW >> 21 << 21
+    for index in (0, 255, 256, 511):
+        table.map(base + (index << 12), 0x5000 + index // 256 * 0x1000, "rwua")
+    go(board)
+    for index in (0, 255, 256, 511):
+        assert board.check(base + (index << 12), "r") == 0
+        board.check_promises(base + (index << 12), "r")
+    for level in (4, 3, 2, 1):
+        for without in ("w", "u", "X"):
+            table = guest(board, sre=1, ere=1)
+            table.map(base, 0x5000, "rwuad")
+            addr = table.slot(base, level)
+            entry = table.get(addr)
+            table.set(addr, entry | flags("rx") if without == "X" else entry & ~flags(without))
+            go(board)
+            for access in ("r", "rp"):
+                if not board.check(base, access):
+                    board.check_promises(base, access)
+
+
+@check
 def every_bit_of_an_entry_flipped() -> None:
     board = Board()
     for levels, level in ((4, 1), (4, 2), (4, 3), (4, 4), (5, 5)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .description import MOCK
-from .user import User
+from .user import Events, User
 
 if TYPE_CHECKING:
     from .description import MachineDescription
@@ -21,6 +21,7 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu, description: MachineDescription = MOCK) -> None:
         """`name` is the instance's, '' for a private one; the description has the machine's."""
         self.name = name
+        self.events = Events(name)
         self.mock = mock
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock

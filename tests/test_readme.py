@@ -26,16 +26,32 @@ def test_the_prototype_is_the_example_and_runs() -> None:
 
 
 def test_the_unmodified_program_runs() -> None:
-    (block,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    done = in_a_shell(0)
+    assert done.stdout == "ioas 1\n"
+    assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
+
+
+def test_the_trace_is_what_it_says() -> None:
+    shown = re.search(r"^    (.* IOMMU_IOAS_ALLOC\(.*)$", README, re.MULTILINE)
+    assert shown is not None
+
+    def masked(line: str) -> str:
+        line = re.sub(r"\b\d+\.\d{6}\b|(?<=iommufd:)\d+|\b\d+(?= \()", "N", line)
+        return re.sub(r"\(python[\d.]*\)", "(python)", line)
+
+    assert masked(in_a_shell(1).stderr.rstrip("\n")) == masked(shown[1])
+
+
+def in_a_shell(number: int) -> subprocess.CompletedProcess[str]:
+    """One of the shell examples, with the command of this tree."""
+    block = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[number]
     command = "iommufdctl run"
     assert block.startswith(command)
     here = f"{shlex.quote(sys.executable)} -m iommufd_client.cli run"
     probe = subprocess.run(f"{here} -- true", shell=True, capture_output=True, text=True, timeout=60)
     if probe.returncode:
         pytest.skip(probe.stderr.strip())
-    done = subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "ioas 1\n"
-    assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
+    return subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
 
 
 def test_the_machine_file_is_good_and_the_complaint_is_what_it_says(tmp_path: Path) -> None:
@@ -78,7 +94,7 @@ def test_the_make_targets_exist() -> None:
 
 def test_the_verbs_exist() -> None:
     named = set(re.findall(r"`iommufdctl (\w+)", README))
-    assert {"run", "mount", "doctor"} <= named
+    assert {"run", "mount", "doctor", "trace"} <= named
     for verb in named:
         command = [sys.executable, "-m", "iommufd_client.cli", verb, "--help"]
         done = subprocess.run(command, capture_output=True, timeout=60)

@@ -6,13 +6,16 @@ import socket
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from iommufd_uapi import admin
+from iommufd_uapi.events import USUAL
 
 from .call import IommufdOSError
 from .channel import ProtocolError
 from .connection import default_socket_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from iommufd_uapi.events import AnyEvent
 
 R = TypeVar("R", bound=admin.Reply)
 
@@ -77,6 +80,33 @@ class Admin:
         """Let the nth acquisition from now fail (0: none), or ask what has failed."""
         return self._request(admin.Fault(mm, nth), admin.Gates).gates
 
+    def trace(
+        self,
+        *,
+        pids: Sequence[int] = (),
+        machine: str | None = None,
+        only: Iterable[str] = USUAL,
+        failed: bool = False,
+    ) -> tuple[int, Iterator[AnyEvent]]:
+        """Follow what happens: the time now, and events until the daemon ends. EINVAL, EMFILE.
+
+        The connection serves for nothing else from then on; close it to stop.
+        """
+        request = admin.Trace(list(pids), machine, sorted(only), failed)
+        return self._request(request, admin.Tracing).time, self._events()
+
+    def _events(self) -> Iterator[AnyEvent]:
+        self._sock.settimeout(None)
+        while True:
+            *lines, rest = self._received.split(b"\n")
+            self._received = rest
+            for line in lines:
+                yield admin.decode_event(bytes(line))
+            data = self._sock.recv(1 << 16)
+            if not data:
+                return
+            self._received += data
+
     def close(self) -> None:
         self._sock.close()
 
@@ -85,3 +115,12 @@ class Admin:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def connect(socket_path: str | None, admin_socket: str | None) -> Admin:
+    """The admin socket at its own path, or of the daemon at `socket_path`; OSError says which and what to do."""
+    path = admin_socket or (socket_path or default_socket_path()) + ".admin"
+    try:
+        return Admin(path)
+    except OSError as error:
+        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None

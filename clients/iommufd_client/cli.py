@@ -32,6 +32,7 @@ examples:
   iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
+  iommufdctl trace --failed             which calls fail, and why
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -129,7 +130,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "machine", "mount", "run", "show"],
+        "commands": ["demo", "doctor", "ioctls", "machine", "mount", "run", "show", "trace"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -176,11 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from . import machine_options, mount_options, run_options
+    from . import machine_options, mount_options, run_options, trace
 
     run_options.add(command)
     mount_options.add(command)
     machine_options.add(command)
+    trace.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 
@@ -214,16 +216,10 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .admin import Admin
-    from .connection import default_socket_path
+    from .admin import connect
     from .show import render
 
-    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
-    try:
-        opened = Admin(path)
-    except OSError as error:
-        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
-    with opened as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0

@@ -21,8 +21,12 @@ import signal
 import socket
 import struct
 import sys
+from typing import TYPE_CHECKING
 
 from iommufd_uapi import seccomp
+
+if TYPE_CHECKING:
+    from .follower import Follower
 
 SIGINFO = struct.Struct("<IiiI112x")  # struct signalfd_siginfo: signo, errno, code, pid
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
@@ -68,9 +72,11 @@ class Keeper:
         *,
         front: int,
         welcome: bool,
+        follower: Follower | None = None,
     ) -> None:
         """`front`: a pipe to wait_for_keeper(). `welcome`: the reply to the hello is still to come."""
         self.front = front
+        self.follower = follower
         self.welcome = welcome
         self.connection = connection
         self.listener = listener
@@ -87,6 +93,8 @@ class Keeper:
         self._signals = _signalfd(FORWARDED | {signal.SIGCHLD})
         for fd in (self._signals, self.connection.fileno()):
             self._poll.register(fd, select.POLLIN)
+        if self.follower is not None:
+            self._poll.register(self.follower, select.POLLIN)
         self._reap()
         while self._status is None:
             self._turn()
@@ -96,12 +104,21 @@ class Keeper:
     def _turn(self) -> None:
         """Whatever comes next."""
         ready = dict(self._poll.poll())
+        self._follow(ready)
         if self._signals in ready:
             self._signal(os.read(self._signals, SIGINFO.size))
         if self.connection.fileno() in ready:
             self._listen()
         if self.listener in ready:
             self.answer(ready[self.listener])
+
+    def _follow(self, ready: dict[int, int]) -> None:
+        """What the daemon tells of events."""
+        follower = self.follower
+        if follower is not None and follower.fileno() in ready and not follower.pump():
+            self._poll.unregister(follower)
+            follower.close()
+            self.follower = None
 
     def _signal(self, data: bytes) -> None:
         number, _, _, sender = SIGINFO.unpack(data)
@@ -156,6 +173,7 @@ class Keeper:
         if not self._processes_left():
             if last_words:
                 self._last_words()
+            self._finish_trace()
             return
         die_with_parent(0)
         os.setsid()
@@ -166,6 +184,7 @@ class Keeper:
         os.close(self.front)
         while self.daemon_lives or self._processes_left():
             self._turn()
+        self._finish_trace()
 
     def _processes_left(self) -> bool:
         poll = select.poll()
@@ -177,6 +196,11 @@ class Keeper:
         self.connection.settimeout(PATIENCE)
         while self.daemon_lives:
             self._listen()
+
+    def _finish_trace(self) -> None:
+        """The rest: the daemon closes the socket when it has told all."""
+        while self.follower is not None and self.follower.pump():
+            pass
 
     # ---- in place of the daemon ----
 

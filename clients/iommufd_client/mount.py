@@ -26,6 +26,7 @@ OTHERS, CONTAINER = 8, 16
 DEV_FUSE = "/dev/fuse"
 MAX_READ = 40 * 3072  # whole records of a fault queue; less than FUSE's 32 pages
 AT_FDCWD, AT_STATX_DONT_SYNC = -100, 0x4000
+TOLD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # each ends a mount for everybody
 
 
 class Options(NamedTuple):
@@ -111,6 +112,7 @@ def _everybody(options: Options, connection: socket.socket) -> int:
             _hand_over(connection, options, [device], dev, OTHERS)
         finally:
             os.close(device)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)  # before anybody knows that we are here to be told
         print(f"{path} is ready; SIGINT or SIGTERM ends it", flush=True)
         return _until_told(connection)
     finally:
@@ -136,10 +138,8 @@ def _until_told(connection: socket.socket) -> int:
         ended.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    told = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)
     threading.Thread(target=relay, daemon=True).start()
-    signal.sigwait(told)
+    signal.sigwait(TOLD)
     if ended.is_set():
         sys.stderr.write("iommufdctl: the daemon is gone\n")
         return 1

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iommufd_uapi import seccomp
 
 from .filter import program
+from .follower import Follower
 from .keeper import Keeper, RunError, check_welcome, die_with_parent, wait_for_keeper
 from .machine_options import Choice
 
@@ -34,7 +35,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
-EXPLAIN, SUMMARY, PROC, REACH = 1, 2, 4, 32
+EXPLAIN, SUMMARY, PROC, REACH, TRACE = 1, 2, 4, 32, 64
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
 
@@ -50,6 +51,7 @@ class Options(NamedTuple):
     summary: bool = False
     proc: bool = False
     fd_base: int = 0  # lowest number for descriptors that the daemon installs
+    trace: str = ""  # a file for the events, "-" for stderr
 
 
 def run(options: Options) -> int:
@@ -100,13 +102,14 @@ def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
     """Start the daemon and CMD; CMD's exit status. RunError, OSError."""
     base = options.fd_base or fd_base()
     waits = bool(options.socket_path) or options.machine != Choice([], "")  # for a daemon that may refuse
+    follower = Follower(options.trace) if options.trace else None
     page = notification_page()
     connection, daemon = connect(options.socket_path) if options.socket_path else spawn(options.machine)
     try:
         child, ours = _start(options, numbers, base)
         try:
             listener = _receive_listener(ours, child)
-            _hand_over(connection, options, listener, page, base)
+            _hand_over(connection, options, listener, page, base, follower)
             if waits:  # else CMD need not wait for it to start: its first call on /dev/iommu will
                 _hear_welcome(connection)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # CMD has what there was
@@ -116,7 +119,7 @@ def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
             os.waitpid(child, 0)
             raise
         ours.close()
-        keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits)
+        keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits, follower=follower)
         return keeper.run(last_words=options.explain or options.summary)
     except BaseException:
         connection.close()
@@ -173,15 +176,21 @@ def spawn(machine: Choice) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, daemon
 
 
-def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
+def _hand_over(
+    connection: socket.socket, options: Options, listener: int, page: int, base: int, follower: Follower | None
+) -> None:
     """The hello. RunError."""
-    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc | REACH
+    told = TRACE * bool(follower) | EXPLAIN * options.explain | SUMMARY * options.summary
+    flags = told | PROC * options.proc | REACH
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.name.encode(), b"")
-    rights = array.array("i", [listener, page, *_debug_folder(options)])
+    theirs = [follower.theirs.fileno()] if follower is not None else []
+    rights = array.array("i", [listener, page, *_debug_folder(options), *theirs])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     except OSError as error:
         raise RunError(f"the daemon went away: {error.strerror}") from None
+    if follower is not None:
+        follower.theirs.close()
 
 
 def _hear_welcome(connection: socket.socket) -> None:

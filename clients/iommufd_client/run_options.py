@@ -50,6 +50,7 @@ exit status:
 examples:
   iommufdctl run -- ./iommufd                       the kernel's own selftest
   iommufdctl run --explain -- qemu-system-x86_64 ...
+  iommufdctl run --trace - -- ./program             every call, as strace would print it
   iommufdctl run --caller uid=1000,caps=none,memlock=65536 -- ./my-test
   iommufdctl run --machine vtd -- ./my-vmm          a machine with an Intel VT-d
   iommufdctl run --socket-path ./s --machine pair -- ./a & iommufdctl run --socket-path ./s --machine pair -- ./b
@@ -79,6 +80,9 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    parser.add_argument(
+        "--trace", metavar="FILE", default="", help="a line for every call and event, as strace has it; - is stderr"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
 
@@ -115,8 +119,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"iommufdctl run: {error}", file=sys.stderr)
         return 2
     options = Options(
-        command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base
-    )
+        command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base,
+        args.trace,
+    )  # fmt: skip
     try:
         return run(options)
     except RunError as error:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
 from iommufd_uapi import admin
-from iommufdd.errors import IommufdError
+from iommufd_uapi.events import KINDS, Filter
+from iommufdd.errors import EINVAL, EMFILE, IommufdError
 
 from . import log
 from .census import counts, tree
 from .credentials import parse_caps, set_capabilities
 
 if TYPE_CHECKING:
-    import socket
-
     from .channel import Channel
     from .serve import Server
 
@@ -55,7 +56,11 @@ async def _converse(server: Server, stream: trio.SocketStream, scope: trio.Cance
         line, newline, rest = buffered.partition(b"\n")
         if newline:
             buffered = rest
-            await stream.send_all(admin.encode(answer(server, line)))
+            reply = answer(server, line)
+            if isinstance(reply, admin.Tracing):
+                _follow(server, stream.socket.fileno(), line, reply)
+                return
+            await stream.send_all(admin.encode(reply))
             scope.deadline = trio.current_time() + PATIENCE
         elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(admin.MAX_LINE)):
             return
@@ -87,6 +92,8 @@ def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
             return _credentials(server, request)
         case admin.Fault():
             return _fault(server, request)
+        case admin.Trace():
+            return _trace(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:
@@ -116,3 +123,26 @@ def _fault(server: Server, request: admin.Fault) -> admin.Reply:
         for gate in gates:
             gate.arm(request.nth)
     return admin.Gates([admin.Gate(gate.nth, gate.fired.name if gate.fired else None) for gate in gates])
+
+
+def _trace(server: Server, request: admin.Trace) -> admin.Reply:
+    from .trace import MAX_READERS, now
+
+    if unknown := sorted(set(request.only) - KINDS.keys()):
+        raise EINVAL(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
+    if len(server.trace.readers) >= MAX_READERS:
+        raise EMFILE(f"{MAX_READERS} readers follow the trace already")
+    return admin.Tracing(now())
+
+
+def _follow(server: Server, fd: int, line: bytes, reply: admin.Tracing) -> None:
+    """From here on the connection is the reactor's: no task has to wait for a reader that does not read."""
+    from .trace import Reader
+
+    request = admin.decode_request(line)
+    assert isinstance(request, admin.Trace)
+    chosen = Filter(frozenset(request.pids), request.machine, frozenset(request.only), request.failed)
+    sock = socket.socket(fileno=os.dup(fd))
+    Reader(
+        server.trace, server.reactor, sock, lambda event, _: chosen(event), admin.encode, first=admin.encode(reply)
+    )

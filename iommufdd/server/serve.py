@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .fuse.session import Session
     from .seccomp.fds import Watch
     from .seccomp.notify import Supervisor
+    from .trace import Trace
 
 LINGER = 0.001  # seconds; see Reactor
 
@@ -62,6 +63,7 @@ class Server:
         self.channels: set[Channel] = set()
         self.supervisors: set[Supervisor | Session] = set()
         self._watch: Watch | None = None
+        self._trace: Trace | None = None
         self.listeners: list[Listener] = []
         self.socket_files: list[SocketFile] = []
         self.ratelimit = log.Ratelimit()
@@ -90,12 +92,23 @@ class Server:
         return self._watch
 
     @property
+    def trace(self) -> Trace:
+        """Who follows what happens, made when first needed."""
+        if self._trace is None:
+            from .trace import Trace
+
+            self._trace = Trace(self.instances)
+        return self._trace
+
+    @property
     def alone(self) -> bool:
         """There is one channel, and no descriptor out whose end would have to be seen before its next packet."""
         return len(self.channels) == 1 and not self.pipes.by_key
 
     def channel_closed(self) -> None:
-        if not self.channels and not self.supervisors:
+        """Or a supervisor, or a reader: when there is nobody left to serve, --terminate ends the daemon."""
+        ending = self._trace is not None and any(reader.ending for reader in self._trace.readers)
+        if not self.channels and not self.supervisors and not ending:
             self.idle.set()
 
     def close(self) -> None:
@@ -110,6 +123,8 @@ class Server:
             supervisor.close()
         if self._watch is not None:
             self._watch.close()
+        for reader in list(self._trace.readers) if self._trace is not None else ():
+            reader.close()
         self.reactor.close()
         self.pipes.close()
         self.page_files.close()

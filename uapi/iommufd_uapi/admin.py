@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
+from .events import USUAL, AnyEvent, Event
+
 MAX_LINE = 65_536  #: bytes of one request
 
 
@@ -49,6 +51,18 @@ class Fault(Request, tag="fault"):
 
     mm: int
     nth: int | None = None
+
+
+class Trace(Request, tag="trace"):
+    """Follow what happens. After the reply come events, one a line (decode_event), until either side hangs up.
+
+    The words of `only` are those of events.KINDS. EINVAL for another; EMFILE when too many follow already.
+    """
+
+    pids: list[int] = []  #: of processes; empty: all
+    machine: str | None = None  #: null: all
+    only: list[str] = msgspec.field(default_factory=lambda: sorted(USUAL))
+    failed: bool = False  #: nothing but what failed
 
 
 # ---- replies -----------------------------------------------------------------------------------------------
@@ -186,16 +200,23 @@ class Tree(Reply, tag="show"):
     instances: list[Instance]
 
 
-AnyRequest = Show | Stats | Credentials | Fault
-AnyReply = Error | Done | Gates | Counts | Tree
+class Tracing(Reply, tag="trace"):
+    """Events follow. `time` is now, as Event.time has it."""
+
+    time: int
+
+
+AnyRequest = Show | Stats | Credentials | Fault | Trace
+AnyReply = Error | Done | Gates | Counts | Tree | Tracing
 R = TypeVar("R", bound=Reply)
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
+_events: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 _replies: msgspec.json.Decoder[AnyReply] = msgspec.json.Decoder(AnyReply)
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: Request | Reply | Event) -> bytes:
     """One line."""
     return _encoder.encode(message) + b"\n"
 
@@ -208,3 +229,8 @@ def decode_request(line: bytes) -> AnyRequest:
 def decode_reply(line: bytes) -> AnyReply:
     """msgspec.DecodeError (ValidationError) for anything else."""
     return _replies.decode(line)
+
+
+def decode_event(line: bytes) -> AnyEvent:
+    """msgspec.DecodeError (ValidationError) for anything else."""
+    return _events.decode(line)

@@ -96,14 +96,14 @@ _ANY = _CONTAINER | _DEVICE | {struct.CMD: _iommufd(struct) for struct in IOCTLS
 def _arguments(cmd: int, data: BytesLike, device: bool) -> Arguments | None:
     if cmd != TestCmd.CMD:
         return (_DEVICE if device else _ANY).get(cmd)
-    return _TEST.get(int.from_bytes(_whole(data, TestCmd.SIZEOF)[4:8], "little"))
+    return _TEST.get(int.from_bytes(whole(data, TestCmd.SIZEOF)[4:8], "little"))
 
 
 def _unpack(found: Arguments, data: BytesLike) -> Layout:
-    return found.layout.unpack(_whole(data, found.start + found.layout.SIZEOF), found.start)
+    return found.layout.unpack(whole(data, found.start + found.layout.SIZEOF), found.start)
 
 
-def _whole(data: BytesLike, size: int) -> BytesLike:
+def whole(data: BytesLike, size: int) -> BytesLike:
     """copy_struct_from_user(): at least `size` bytes; what the struct does not have is zero."""
     have = min(int.from_bytes(data[:4], "little"), len(data))
     return data if have >= size else bytes(data[:have]).ljust(size, b"\0")

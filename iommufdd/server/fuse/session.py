@@ -13,7 +13,6 @@ from iommufdd.errors import IommufdError, ProtocolError
 from iommufdd.server import log
 from iommufdd.server.seccomp.procfile import TargetFiles
 from iommufdd.server.seccomp.procmm import Clock, StaleError
-from iommufdd.server.seccomp.report import Report
 from iommufdd.server.seccomp.target import Targets, tgid_of
 
 from . import abi
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.instance import Instance, OpenContext
+    from iommufdd.server.seccomp.report import Report
     from iommufdd.server.seccomp.target import Origin, Process
     from iommufdd.server.serve import Server
 
@@ -101,6 +101,8 @@ class Session(Targets[Thread]):
         self.channel, channel.supervisor = channel, self
         explain, summary = bool(flags & SUPERVISE_EXPLAIN), bool(flags & SUPERVISE_SUMMARY)
         if explain or summary:
+            from iommufdd.server.seccomp.report import Report
+
             self.report = Report(channel.say, explain=explain, summary=summary)
 
     def detach(self) -> None:

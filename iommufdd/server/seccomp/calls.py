@@ -100,6 +100,7 @@ class Calls:
             opened.file.put()
             return -error.errno
         installed.report = supervisor.report
+        opened.owner = supervisor
         try:
             thread.files.install_opened(installed, cloexec=bool(flags & os.O_CLOEXEC))
         except IommufdError as error:

@@ -18,21 +18,24 @@ from .listener import CONTINUE, Listener
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
 from .reach import Answer, Ask, Reach, Waiting
-from .report import Report
 from .sys import inodes_of
 from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
+    import socket
+
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.devices import Opened
     from iommufdd.server.files import FileKey, Pipe
     from iommufdd.server.instance import Instance
     from iommufdd.server.serve import Server
+    from iommufdd.server.trace import Reader
 
     from .calls import Handler
     from .fds import Installed
     from .proc import FailNth
+    from .report import Report
 
 MANY_THREADS = 256
 REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
@@ -66,6 +69,7 @@ class Supervisor(Listener, Targets[Thread]):
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
+        self._reader: Reader | None = None  # of the trace
         self.debug_folder = -1
         self.proc = False
         self._ending = False
@@ -97,6 +101,9 @@ class Supervisor(Listener, Targets[Thread]):
         if self.report is not None and self.channel is not None:
             self._drain()
             self.report.end()
+        if self._reader is not None:
+            self._drain()
+            self._reader.end()
         if self.channel is not None:
             self.channel.close(why)
         self.server.channel_closed()
@@ -116,6 +123,8 @@ class Supervisor(Listener, Targets[Thread]):
         self.proc = bool(flags & SUPERVISE_PROC)
         self.reach.willing = bool(flags & SUPERVISE_REACH)
         if flags & (SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY):
+            from .report import Report
+
             self.report = Report(
                 channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
             )
@@ -141,6 +150,12 @@ class Supervisor(Listener, Targets[Thread]):
 
     def answered(self) -> None:
         self.reach.clear()
+
+    def tell(self, sock: socket.socket) -> None:
+        """Events of our processes, and of the hardware of their machine, as lines on a socket, which is taken over."""
+        from iommufdd.server.trace import follow_owner
+
+        self._reader = follow_owner(self.server, self.machine, self, sock)
 
     # ---- notifications ----
 

@@ -99,7 +99,7 @@ class ProcTask(Task):
     """
 
     def __init__(self, process: Process, machine: Machine, virtual: Virtual, clock: Clock) -> None:
-        self.name = f"pid {process.tgid}"
+        self.name, self.pid = f"pid {process.tgid}", process.tgid
         self._process = process
         self._machine = machine
         self._virtual = virtual

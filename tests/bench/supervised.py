@@ -1,4 +1,4 @@
-"""Under `iommufdctl run` and `mount`: an ioctl; what everything else costs more where there is a filter, and the start."""
+"""Under `iommufdctl run` and `mount`: an ioctl; what other calls cost more where there is a filter, and the start."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ EXACT = (*MOUNT[:-2], "--exact", *MOUNT[-2:])
 BARE, UNDER, MOUNTED, EXACTLY = "bare", "under run", "under mount", "under mount --exact"
 CALLS = {
     "open and close, O_RDONLY": "rdonly",
-    "open and close, O_RDWR (notified)": "rdwr",
+    "open and close, O_RDWR (notified by run)": "rdwr",
     "read of an ordinary file": "read",
-    "mmap and munmap of an ordinary file": "mmap",
+    "mmap and munmap of a file (notified by mount --exact)": "mmap",
 }
 
 

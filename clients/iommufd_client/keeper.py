@@ -84,6 +84,7 @@ class Keeper:
         self.child = child
         self.numbers = numbers
         self.daemon_lives = True
+        self.verdict = 0  # the exit status if CMD's own is 0
         self._status: int | None = None  # of CMD
         self._signals = -1
         self._poll = select.poll()
@@ -99,7 +100,7 @@ class Keeper:
         while self._status is None:
             self._turn()
         self._outlive(self._status, last_words=last_words)
-        return self._status
+        return self._status or self.verdict
 
     def _turn(self) -> None:
         """Whatever comes next."""
@@ -149,7 +150,10 @@ class Keeper:
             except RunError as error:
                 sys.stderr.write(f"iommufdctl: {error}\n")
         elif text.startswith(b"\0"):
-            self._hand_over(text)
+            if len(text) == 2:
+                self.verdict = text[1]
+            else:
+                self._hand_over(text)
         elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()

@@ -9,7 +9,14 @@ from logging import INFO
 from typing import TYPE_CHECKING
 
 from iommufd_uapi.seccomp import native
-from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_REACH, SUPERVISE_SUMMARY
+from iommufd_uapi.wire import (
+    SUPERVISE_EXPLAIN,
+    SUPERVISE_PROC,
+    SUPERVISE_REACH,
+    SUPERVISE_SANITIZE,
+    SUPERVISE_SANITIZE_FAIL,
+    SUPERVISE_SUMMARY,
+)
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
 
@@ -24,6 +31,7 @@ from .target import Origin, Process, Targets, Thread, tgid_of
 if TYPE_CHECKING:
     import socket
 
+    from iommufdd.sanitizer import Sanitizer
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.devices import Opened
@@ -70,6 +78,7 @@ class Supervisor(Listener, Targets[Thread]):
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
         self._reader: Reader | None = None  # of the trace
+        self.sanitizer: Sanitizer | None = None  # of the machine, if it wants to know
         self.debug_folder = -1
         self.proc = False
         self._ending = False
@@ -98,9 +107,14 @@ class Supervisor(Listener, Targets[Thread]):
         self.server.supervisors.discard(self)
         self.instance.let_go(self)
         log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
-        if self.report is not None and self.channel is not None:
+        if self.channel is not None and (self.report is not None or self.sanitizer is not None):
             self._drain()
-            self.report.end()
+            if self.report is not None:
+                self.report.end()
+            if self.sanitizer is not None:
+                from iommufdd.server.sanitize import tell
+
+                tell(self.channel, self.sanitizer)
         if self._reader is not None:
             self._drain()
             self._reader.end()
@@ -128,6 +142,12 @@ class Supervisor(Listener, Targets[Thread]):
             self.report = Report(
                 channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
             )
+        if flags & (SUPERVISE_SANITIZE | SUPERVISE_SANITIZE_FAIL):
+            from iommufdd.sanitizer import Mode
+            from iommufdd.server.sanitize import sanitize
+
+            mode = Mode.FAIL if flags & SUPERVISE_SANITIZE_FAIL else Mode.REPORT
+            self.sanitizer = sanitize(self.machine, mode)
 
     def detach(self) -> None:
         """The keeper is gone; the processes are served until the last one ends."""

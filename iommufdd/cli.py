@@ -150,6 +150,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the admin socket set credentials of an address space",
     )
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--page-request-timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a device waits for the answer to a page request (default 10; 'inf': for ever)",
+    )
     output = parser.add_argument_group("output and tuning")
     output.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
@@ -178,6 +186,13 @@ def _microseconds(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 1000:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
     return value
 
 
@@ -218,6 +233,7 @@ def _serve(args: argparse.Namespace, machines: Machines) -> int:
         virtual=args.caller or OWN,
         virtual_caller=args.virtual_caller,
         spin=args.spin_us / 1e6,
+        patience=args.page_request_timeout,
     )
     try:
         admin = _open_sockets(server, args)

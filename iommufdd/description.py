@@ -42,6 +42,7 @@ class Iommu(_Description, frozen=True, tag_field="model"):
     name: Name
     reserved: tuple[Reserved, ...] = ()
     caches: Caches = Caches()
+    replace: Literal["one-store", "vendor"] = "one-store"  # vendor: the driver's own order of stores, with its windows
 
 
 class VtdIommu(Iommu, frozen=True, tag="vtd"):

@@ -148,6 +148,11 @@ def paging_alloc(
         hwpt.hold(ioas)
         caller.gate(Gate.DOMAIN)
         hwpt.domain = iommu.domain_alloc_paging(dev, flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        hwpt.domain.hwpt_id = hwpt.id
+        if idev.enforce_cache_coherency:
+            hwpt.enforce_cache_coherency = hwpt.domain.enforce_cache_coherency()
+            if not hwpt.enforce_cache_coherency:
+                raise EINVAL("the device's IOMMU says it can enforce cache coherency, and the domain cannot")
         if before_fill is not None:
             before_fill(hwpt)
         try:
@@ -220,6 +225,7 @@ def finish_nested(
         hwpt.hold(holds)
         ucmd.caller.gate(Gate.DOMAIN)
         hwpt.domain = alloc_domain()
+        hwpt.domain.hwpt_id = hwpt.id
     except IommufdError:
         objects.abort(hwpt)
         raise

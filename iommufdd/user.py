@@ -168,6 +168,9 @@ class PageFile(File):
     pinnable = True  # memfd_pin_folios() takes shmem and hugetlbfs only
     compound = False  # hugetlb: the selftest cannot count references of such pages
 
+    def __str__(self) -> str:
+        return "memory"
+
     @functools.cached_property
     def pinners(self) -> dict[Pinner, int]:
         """Who has pinned pages of this file, in how many runs."""

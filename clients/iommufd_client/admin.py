@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from iommufd_uapi import admin
 from iommufd_uapi.events import USUAL
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
     from iommufd_uapi.events import AnyEvent
 
+    from .endpoint import Endpoint, Opened
+
 R = TypeVar("R", bound=admin.Reply)
 
 
 class Admin:
-    """A connection to the admin socket: what is open; and, for tests, other credentials and injected faults."""
+    """A connection to the admin socket: what is open, what devices do; and, for tests, credentials and faults."""
 
     def __init__(self, socket_path: str | None = None, *, timeout: float = 10.0) -> None:
         """`socket_path` is the admin socket itself, by default the daemon's with `.admin`. OSError."""
@@ -39,8 +41,10 @@ class Admin:
     def ask(self, request: admin.Request) -> bytes:
         """One request; the line that answers it."""
         self._sock.sendall(admin.encode(request))
-        while b"\n" not in self._received:
-            data = self._sock.recv(1 << 16)
+        seen = 0
+        while self._received.find(b"\n", seen) < 0:
+            seen = len(self._received)
+            data = self._sock.recv(1 << 20)
             if not data:
                 raise ConnectionResetError("the daemon closed the admin socket")
             self._received += data
@@ -107,6 +111,34 @@ class Admin:
                 return
             self._received += data
 
+    def endpoint(self, device: str, instance: str | Opened = "") -> Endpoint:
+        """A device by name, of a machine that is named or that an open /dev/iommu is on."""
+        from .endpoint import Endpoint
+
+        return Endpoint(self, device, instance)
+
+    def dma(self, request: admin.Dma) -> admin.Moved:
+        """One DMA of at most 1 MiB to its end, however long that takes: see Endpoint."""
+        before = self._sock.gettimeout()
+        self._sock.settimeout(None)
+        try:
+            return self._request(request, admin.Moved)
+        finally:
+            self._sock.settimeout(before)
+
+    def walk(
+        self,
+        device: str,
+        iova: int,
+        *,
+        instance: str = "",
+        pasid: int | None = None,
+        op: Literal["read", "write"] = "read",
+        privileged: bool = False,
+    ) -> admin.Walked:
+        """How a request of a device would be translated. ENOENT, EINVAL."""
+        return self._request(admin.Walk(device, iova, instance, pasid, op, privileged), admin.Walked)
+
     def close(self) -> None:
         self._sock.close()
 
@@ -115,12 +147,3 @@ class Admin:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def connect(socket_path: str | None, admin_socket: str | None) -> Admin:
-    """The admin socket at its own path, or of the daemon at `socket_path`; OSError says which and what to do."""
-    path = admin_socket or (socket_path or default_socket_path()) + ".admin"
-    try:
-        return Admin(path)
-    except OSError as error:
-        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None

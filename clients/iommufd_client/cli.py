@@ -33,6 +33,8 @@ examples:
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
   iommufdctl trace --failed             which calls fail, and why
+  iommufdctl dma vfio0 read 0x1000 64   what a device reads there, or why it cannot
+  iommufdctl walk vfio0 0x1000          how that address is translated
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -130,7 +132,7 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "machine", "mount", "run", "show", "trace"],
+        "commands": ["demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "show", "trace", "walk"],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -177,12 +179,13 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from . import machine_options, mount_options, run_options, trace
+    from . import hardware_options, machine_options, mount_options, run_options, trace
 
     run_options.add(command)
     mount_options.add(command)
     machine_options.add(command)
     trace.add(command)
+    hardware_options.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 
@@ -203,11 +206,9 @@ def _print_json(value: object) -> int:
 
 
 def _paint() -> Paint:
-    """Colours on a terminal that has them, unless they are not wanted (https://no-color.org)."""
-    from .show import ansi, plain
+    from .show import terminal
 
-    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return ansi if wanted else plain
+    return terminal()
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -216,10 +217,10 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .admin import connect
+    from .hardware_options import admin_of
     from .show import render
 
-    with connect(args.socket_path, args.admin_socket) as admin:
+    with admin_of(args) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0

@@ -68,9 +68,9 @@ def _words(text: str) -> list[str]:
 def _run(args: argparse.Namespace) -> int:
     from iommufd_uapi.events import USUAL
 
-    from .admin import connect
+    from .hardware_options import admin_of
 
-    with connect(args.socket_path, args.admin_socket) as admin, _opened(args.output) as output:
+    with admin_of(args) as admin, _opened(args.output) as output:
         since, events = admin.trace(
             pids=args.pid, machine=args.machine, only=args.only or USUAL, failed=args.failed
         )

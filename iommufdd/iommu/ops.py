@@ -83,6 +83,7 @@ class Domain:
     translation: Translation | None = None  # of a paging domain, once it is in an IOAS
     iopf_handler: Callable[[IopfGroup], None] | None = None
     dirty_ops: DirtyOps | None = None
+    hwpt_id = 0  # of the HWPT that has it, for people
 
     def __init__(self, owner: IommuOps) -> None:
         self.owner = owner
@@ -90,6 +91,10 @@ class Domain:
     def attach_dev(self, dev: Device, old: Domain | None) -> None:
         """Let dev translate through this domain instead of `old`. EINVAL: it does not fit the device."""
         raise NotImplementedError
+
+    def enforce_cache_coherency(self) -> bool:
+        """Make all DMA through this domain snoop; False when its IOMMU cannot."""
+        return False
 
     def unmapped(self, iova: int, last: int) -> None:
         """[iova, last] has left the address space: flush it."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import structs
 
 import iommufd_uapi.iommufd as uapi
 from iommufdd.errors import ENOSPC, EOPNOTSUPP
@@ -10,12 +13,12 @@ from iommufdd.errors import ENOSPC, EOPNOTSUPP
 from .endpoint import Endpoint
 from .ops import IOMMU_NO_PASID, Cap, Device, Domain
 from .replace import Store, Switch
-from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, new_nested
+from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, flush_words, new_nested
 from .vtd_hw import VtdHardware
 from .vtd_pasid import ABSENT, FIRST, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_regs import RECOVERABLE
 from .walk import EXEC, PRIV, READ, WRITE, TranslationFault
-from .x86_64 import canonical
+from .x86_64 import HARDWARE_BITS, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     from iommufdd.description import DeviceDescription, VtdIommu
     from iommufdd.user_data import UserData
 
+    from .explain import Explanation, Row
     from .group import IommuGroup
+    from .walk import Step
 
 FIRST_DID = 2  # IDA_START_DID: 0 is unused, 1 is FLPT_DEFAULT_DID
 PAGE_RESPONSE_NEEDS_PASID = 1 << 2  # IOMMU_FAULT_PAGE_RESPONSE_NEEDS_PASID, which leaks into page requests
@@ -32,26 +37,38 @@ SECOND_FLAGS = (
 )
 
 
+class TornDown(NamedTuple):
+    """What intel_pasid_tear_down_entry() has done: the entry as it was, and the stores in their order."""
+
+    words: tuple[int, ...]
+    stores: list[str]
+
+
 class Vtd(VtdHardware):
     """One VT-d unit: struct iommu_ops, and the invalidations that the driver sends to the hardware below it."""
 
     driver = "intel"
     user_pasid_table = False
     page_request_flags = PAGE_RESPONSE_NEEDS_PASID
+    hardware_bits = HARDWARE_BITS
 
     def __init__(self, description: VtdIommu) -> None:
         super().__init__(description)
         self.name = description.name
         self.reserved = description.reserved
         self.blocked_domain: Domain = VtdBlocked(self)
-        self.vendor_replace = False  # replay the driver's own stores
-        self._torn_down: tuple[tuple[int, ...], list[str]] | None = None
+        self.vendor_replace = description.replace == "vendor"  # replay the driver's own stores
         self._dids: dict[VtdDomain, list[int]] = {}  # id, users
-        self._taken: set[int] = set()
+        self._taken: Counter[int] = Counter()  # domains by id: two only while one takes over from the other
 
     def new_device(self, description: DeviceDescription, group: IommuGroup) -> Endpoint:
-        """A function behind this unit."""
-        return Endpoint(self, description, group)
+        """A function behind this unit; what the unit does not support is off."""
+        d = self.description
+        ats = description.ats and d.device_tlb
+        return Endpoint(self, structs.replace(
+            description, ats=ats, pri=description.pri and ats and d.page_requests,
+            pasid_width=min(description.pasid_width, d.pasid_width),
+        ), group)  # fmt: skip
 
     # ---- struct iommu_ops ----
 
@@ -74,7 +91,7 @@ class Vtd(VtdHardware):
             return self.description.snoop_control
         if cap is Cap.DIRTY_TRACKING:
             return self.tracks_dirty
-        return cap is Cap.PCI_ATS_SUPPORTED and dev.ats and self.description.device_tlb
+        return cap is Cap.PCI_ATS_SUPPORTED and dev.ats
 
     def hw_info(self, dev: Device, info_type: int) -> tuple[int, bytes]:
         """intel_iommu_hw_info(): EOPNOTSUPP."""
@@ -106,6 +123,20 @@ class Vtd(VtdHardware):
         """intel_iommu_domain_alloc_nested()"""
         return new_nested(self, parent, flags, user_data)
 
+    # ---- for people ----
+
+    def explain(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> Explanation:
+        """The translation of one address, entry by entry, and what is cached of it."""
+        from .vtd_explain import explain
+
+        return explain(self, dev, pasid, iova, access)
+
+    def step(self, step: Step) -> Row:
+        """An entry that a walk has used."""
+        from .vtd_explain import step_row
+
+        return step_row(step)
+
     # ---- page requests ----
 
     def recoverable(self, fault: TranslationFault) -> bool:
@@ -121,24 +152,57 @@ class Vtd(VtdHardware):
             return "an execute request"
         return ""
 
+    # ---- for the sanitizer ----
+
+    def reach(self, dev: Endpoint, pasid: int | None) -> frozenset[object]:
+        """The tags of the invalidations that drop what this requester has cached."""
+        number = pasid or IOMMU_NO_PASID
+        context = self.contexts.entries.get((dev, pasid))
+        tags: set[object] = {(dev.name, number)}
+        if context is not None:
+            tags |= {context.entry.did, (context.entry.did, number)}
+        return frozenset(tags)
+
+    def flush_for(self, dev: Endpoint, pasid: int | None, iova: int, level: int, *, leaf: bool) -> str:
+        """The user's invalidation that has to follow a change of the first-stage entry of this level for iova."""
+        handle = dev.group.handles.get(pasid or IOMMU_NO_PASID)
+        size = 1 << 9 * level + 3
+        words = flush_words(iova & -size, size >> 12)
+        if not leaf:
+            words += " without LEAF"
+        caches = "IOTLB and device TLB" if dev.tlb is not None else "IOTLB"
+        return f"{words} on hwpt {handle.domain.hwpt_id if handle is not None else '?'} ({caches})"
+
     # ---- domain ids ----
 
-    def get_did(self, domain: VtdDomain) -> int:
-        """domain_attach_iommu(): the domain's id on this unit; ENOSPC."""
+    def get_did(self, domain: VtdDomain, leaving: Domain | None = None) -> int:
+        """domain_attach_iommu(): the domain's id on this unit; ENOSPC.
+
+        leaving: what the driver has taken from the device before, so that its id is free if nobody else used it.
+        """
         held = self._dids.get(domain)
         if held is not None:
             held[1] += 1
             return held[0]
-        did = next((n for n in range(FIRST_DID, self.description.domain_ids) if n not in self._taken), None)
-        if did is None:
-            raise ENOSPC("no domain id is free")
-        self._taken.add(did)
+        did = self._free_did(leaving)
+        self._taken[did] += 1
         self._dids[domain] = [did, 1]
-        if isinstance(domain, VtdPaging):
-            self.set_root(domain.root, domain)
-        elif isinstance(domain, VtdNested):
-            self.set_root(domain.parent.root, domain.parent)
+        domain.units[self] = None
+        paging = domain.parent if isinstance(domain, VtdNested) else domain
+        if isinstance(paging, VtdPaging):
+            self.set_root(paging.root, paging)
+            paging.units[self] = None
         return did
+
+    def _free_did(self, leaving: Domain | None) -> int:
+        count = 1 << 4 + 2 * (self.cap & 7)  # cap_ndoms()
+        did = next((n for n in range(FIRST_DID, count) if n not in self._taken), None)
+        if did is not None:
+            return did
+        held = self._dids.get(leaving) if isinstance(leaving, VtdDomain) else None
+        if held is None or held[1] > 1:
+            raise ENOSPC("no domain id is free")
+        return held[0]
 
     def put_did(self, domain: VtdDomain) -> None:
         """domain_detach_iommu()"""
@@ -146,7 +210,9 @@ class Vtd(VtdHardware):
         held[1] -= 1
         if not held[1]:
             del self._dids[domain]
-            self._taken.discard(held[0])
+            self._taken[held[0]] -= 1
+            if not self._taken[held[0]]:
+                del self._taken[held[0]]
 
     def did(self, domain: VtdDomain) -> int:
         return self._dids[domain][0]
@@ -160,16 +226,18 @@ class Vtd(VtdHardware):
 
     # ---- switching ----
 
-    def before_attach(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
+    def before_attach(self, dev: Endpoint, pasid: int) -> TornDown | None:
         """quirk, in mode vendor: the RID is blocked before anything is checked, and stays so when that fails."""
-        if self.vendor_replace and pasid == IOMMU_NO_PASID:
-            self._torn_down = self._tear_down(dev, pasid)
+        return self._tear_down(dev, pasid) if self.vendor_replace and pasid == IOMMU_NO_PASID else None
 
-    def switch(self, dev: Endpoint, pasid: int, old: Domain | None, new: VtdDomain, words: tuple[int, ...]) -> None:
+    def switch(
+        self, dev: Endpoint, pasid: int, old: Domain | None, new: VtdDomain, words: tuple[int, ...],
+        torn_down: TornDown | None = None,
+    ) -> None:  # fmt: skip
         """Store a PASID-table entry for new in the place of old's, and drop what was cached of old's."""
         switch = Switch(dev, pasid, old, new)
         if self.vendor_replace:
-            self._vendor_switch(switch, words)
+            self._vendor_switch(switch, words, torn_down or self._tear_down(dev, pasid))
         else:
             before = self.table(dev).read(pasid)
             self.table(dev).publish(pasid, words)
@@ -202,7 +270,7 @@ class Vtd(VtdHardware):
         self.drop_devtlb(dev, pasid)
         yield "the device TLB invalidation"
 
-    def _tear_down(self, dev: Endpoint, pasid: int) -> tuple[tuple[int, ...], list[str]]:
+    def _tear_down(self, dev: Endpoint, pasid: int) -> TornDown:
         """intel_pasid_tear_down_entry(): the entry as it was, and the stores made, in their order."""
         table = self.table(dev)
         words = table.read(pasid)
@@ -215,13 +283,12 @@ class Vtd(VtdHardware):
                 if value:
                     table.store(pasid, word, 0)
                     done.append(f"word {word} cleared")
-        return words, done
+        return TornDown(words, done)
 
-    def _vendor_switch(self, switch: Switch, words: tuple[int, ...]) -> None:
+    def _vendor_switch(self, switch: Switch, words: tuple[int, ...], torn_down: TornDown) -> None:
         """Tear down, then build with P last (intel_pasid_setup_*); what a walk sees is noted after every store."""
         dev, pasid, table = switch.dev, switch.pasid, self.table(switch.dev)
-        before, done = self._torn_down or self._tear_down(dev, pasid)
-        self._torn_down = None
+        before, done = torn_down
 
         def note(what: str) -> None:
             switch.stores.append(Store(what, self.sees(dev, pasid, before, words)))
@@ -241,9 +308,13 @@ class Vtd(VtdHardware):
 
 
 def _second_stage(d: VtdIommu) -> tuple[int, int]:
-    """compute_vasz_lg2_ss(): the levels and the width."""
-    for least, levels, width in ((48, 5, 57), (39, 4, 48), (30, 3, 39)):
-        fitting = [n for n in d.levels if n >= levels]
-        if d.mgaw > least and fitting:
-            return min(fitting), min(width, d.mgaw)
-    return 3, 39
+    """compute_vasz_lg2_ss(): the levels and the width.
+
+    quirk: a width that fewer levels would hold takes one more where the hardware has them.
+    """
+    levels = set(d.levels)
+    if d.mgaw > 48 and 5 in levels:
+        return 5, min(57, d.mgaw)
+    if d.mgaw > 39 and levels & {4, 5}:
+        return 5 if 5 in levels else 4, min(48, d.mgaw)
+    return 4 if 4 in levels else 5 if 5 in levels else 3, min(39, d.mgaw)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
-from iommufdd.errors import EINVAL, ENODEV, EOPNOTSUPP, IommufdError
+from iommufdd.errors import EINVAL, ENODEV, EOPNOTSUPP
 from iommufdd.user import PAGE_SIZE
 
 from .dirty import DirtyBits
 from .endpoint import Endpoint
 from .ops import IOMMU_NO_PASID, Device, Domain, DomainType
-from .vtd_pasid import ABSENT, FIRST, NESTED, SECOND, PasidEntry
+from .vtd_pasid import ABSENT, FIRST, NESTED, POINTER, SECOND, PasidEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ class VtdDomain(Domain):
     def __init__(self, owner: Vtd) -> None:
         super().__init__(owner)
         self.tags: dict[tuple[Endpoint, int], None] = {}
+        self.units: dict[Vtd, None] = {owner: None}  # those that have ever used it
 
     def attach_dev(self, dev: Device, old: Domain | None) -> None:
         """EINVAL, ENODEV, ENOSPC; see _attach()."""
@@ -50,21 +52,20 @@ class VtdDomain(Domain):
     def _attach(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
         """Check, take an id and page faults, then switch the hardware; undone in turn when something refuses."""
         iommu = iommu_of(dev)
-        iommu.before_attach(dev, pasid, old)
+        torn_down = iommu.before_attach(dev, pasid)
         self.compatible(iommu)
-        did = iommu.get_did(self)
-        try:
-            self._enable_iopf(dev)
-            try:
-                entry = self.pasid_entry(iommu, did)
-            except IommufdError:
-                dev.iopf.disable(self)
-                raise
-        except IommufdError:
-            iommu.put_did(self)
-            raise
+        with ExitStack() as undo:
+            iopf_first = self.type is DomainType.PAGING and pasid == IOMMU_NO_PASID
+            if iopf_first:
+                self._enable_iopf(dev, undo)
+            did = iommu.get_did(self, leaving=old if pasid == IOMMU_NO_PASID else None)
+            undo.callback(iommu.put_did, self)
+            if not iopf_first:
+                self._enable_iopf(dev, undo)
+            entry = self.pasid_entry(iommu, did)
+            undo.pop_all()
         self.tags[dev, pasid] = None
-        iommu.switch(dev, pasid, old, self, entry.pack())
+        iommu.switch(dev, pasid, old, self, entry.pack(), torn_down)
         self._leave(dev, pasid, old)
 
     def _leave(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
@@ -75,14 +76,19 @@ class VtdDomain(Domain):
                 iommu_of(dev).put_did(old)
         dev.iopf.disable(old)
 
-    def _enable_iopf(self, dev: Endpoint) -> None:
+    def _enable_iopf(self, dev: Endpoint, undo: ExitStack) -> None:
         """intel_iommu_enable_iopf(): ENODEV."""
         if self.iopf_handler is not None and not dev.pri:
             raise ENODEV(f"{dev.name} has no page requests (PRI)")
         dev.iopf.enable(self)
+        undo.callback(dev.iopf.disable, self)
 
     def compatible(self, iommu: Vtd) -> None:
         """paging_domain_compatible(): EINVAL."""
+
+    def free(self) -> None:
+        for unit in self.units:
+            unit.freed(self)
 
     def pasid_entry(self, iommu: Vtd, did: int) -> PasidEntry:
         """The PASID-table entry that attaches this domain."""
@@ -120,12 +126,18 @@ class VtdPaging(VtdDomain):
         self.aperture_end = (1 << (width - 1 if stage == FIRST else width)) - 1
         self.dirty_bits = VtdDirty(self) if dirty else None
         self.dirty_ops = self.dirty_bits
+        self.force_snooping = False
         self.children: dict[VtdNested, None] = {}
 
     @property
     def tracking(self) -> bool:
         """Second-stage A/D bits are on (SSADE)."""
         return self.dirty_bits is not None and self.dirty_bits.tracking
+
+    def enforce_cache_coherency(self) -> bool:
+        """intel_iommu_enforce_cache_coherency_fs(), ..._ss(): a bit of the PASID entry, or of all entries."""
+        self.force_snooping = all(iommu_of(dev).description.snoop_control for dev, _ in self.tags)
+        return self.force_snooping
 
     def compatible(self, iommu: Vtd) -> None:
         """paging_domain_compatible_first_stage(), ..._second_stage()"""
@@ -144,6 +156,7 @@ class VtdPaging(VtdDomain):
         self._need(self.levels in d.levels, f"{self.levels} levels")
         self._need(d.pages_2m or not self.pgsize_bitmap & SZ_2M, "2 MiB pages")
         self._need(d.pages_1g or not self.pgsize_bitmap & SZ_1G, "1 GiB pages")
+        self._need(d.snoop_control or not self.force_snooping, "snoop control")
         self._need(not d.caching_mode or self.owner.description.caching_mode, "no flush on map")
 
     def _need(self, has: bool, what: str) -> None:
@@ -155,7 +168,7 @@ class VtdPaging(VtdDomain):
         coherent = iommu.description.coherent_walk
         if self.stage == FIRST:
             return PasidEntry(present=True, pgtt=FIRST, aw=AW[max(iommu.description.levels)], did=did, pwsnp=coherent,
-                              fspm=self.levels - 4, fsptptr=self.root)  # fmt: skip
+                              pgsnp=self.force_snooping, fspm=self.levels - 4, fsptptr=self.root)  # fmt: skip
         return PasidEntry(present=True, pgtt=SECOND, aw=AW[self.levels], did=did, pwsnp=coherent, ssade=self.tracking,
                           ssptptr=self.root)  # fmt: skip
 
@@ -167,6 +180,7 @@ class VtdPaging(VtdDomain):
 
     def flush(self, iova: int, last: int) -> None:
         """cache_tag_flush_range() over the domain's own tags and those of nested domains."""
+        iova, last = cover(iova, last)
         for dev, pasid in self.tags:
             iommu_of(dev).flush_paging(self, dev, pasid, iova, last)
         for child in self.children:
@@ -178,9 +192,6 @@ class VtdPaging(VtdDomain):
         for domain in (self, *self.children):
             for dev, pasid in domain.tags:
                 yield domain, dev, pasid
-
-    def free(self) -> None:
-        self.owner.freed(self)
 
 
 class VtdDirty(DirtyBits):
@@ -230,7 +241,7 @@ class VtdNested(VtdDomain):
             present=True, pgtt=NESTED, aw=AW[self.parent.levels], did=did, pwsnp=d.coherent_walk,
             ssade=self.parent.tracking, ssptptr=self.parent.root, sre=sre,
             wpe=sre and bool(flags & uapi.IOMMU_VTD_S1_WPE), eafe=bool(flags & uapi.IOMMU_VTD_S1_EAFE),
-            fspm=int(self.config.addr_width == 57), fsptptr=self.config.pgtbl_addr & 0x000F_FFFF_FFFF_F000,
+            fspm=int(self.config.addr_width == 57), fsptptr=self.config.pgtbl_addr & POINTER,
         )  # fmt: skip
 
     def _leave(self, dev: Endpoint, pasid: int, old: Domain | None) -> None:
@@ -256,12 +267,19 @@ class VtdNested(VtdDomain):
             first, last = cover(entry.addr, entry.addr + entry.npages * PAGE_SIZE - 1)
             for dev, pasid in self.tags:
                 iommu_of(dev).flush_nested(self, dev, pasid, first, last, leaf=leaf)
+            self._tell(entry)
             array.entry_num = at + 1
+
+    def _tell(self, entry: uapi.HwptVtdS1Invalidate) -> None:
+        """The units' monitors hear of what was asked, also when no device uses the domain."""
+        units = self.owner, *(iommu_of(dev) for dev, _ in self.tags)
+        for monitor in dict.fromkeys(monitor for unit in units for monitor in unit.monitors):
+            monitor.flushed(f"{flush_words(entry.addr, entry.npages, entry.flags)} on hwpt {self.hwpt_id}")
 
     def free(self) -> None:
         """intel_nested_domain_free()"""
         del self.parent.children[self]
-        self.owner.freed(self)
+        super().free()
 
 
 def cover(start: int, last: int) -> tuple[int, int]:
@@ -275,6 +293,13 @@ def cover(start: int, last: int) -> tuple[int, int]:
         return 0, 2**64 - 1
     base = start & -(1 << order)
     return base, base + (1 << order) - 1
+
+
+def flush_words(addr: int, npages: int, flags: int = 0) -> str:
+    """One entry of IOMMU_HWPT_INVALIDATE, for people."""
+    pages = "all" if npages == 2**64 - 1 else npages
+    leaf = ", LEAF" if flags & uapi.IOMMU_VTD_INV_FLAGS_LEAF else ""
+    return f"HWPT_INVALIDATE {{addr {addr:#x}, npages {pages}{leaf}}}"
 
 
 def iommu_of(dev: Endpoint) -> Vtd:

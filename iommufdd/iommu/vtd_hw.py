@@ -9,7 +9,7 @@ from .monitor import Invalidation, Monitor
 from .tlb import ContextCache, Tlb, TlbEntry
 from .vtd_pasid import FIRST, NESTED, PASS_THROUGH, SECOND, PasidEntry, PasidTable, reserved
 from .vtd_regs import RECOVERABLE, TEXT, Reason, cap, ecap, reason
-from .vtd_walk import Context, Walk
+from .vtd_walk import INTERRUPTS, Context, Walk
 from .walk import TranslationFault, Why
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
     from .vtd_domain import VtdDomain, VtdNested, VtdPaging
 
-INTERRUPTS = range(0xFEE00000, 0xFEF00000)
 EVERYTHING = 0, 2**64 - 1
 FAULTS_KEPT = 256
 
@@ -45,7 +44,7 @@ class VtdHardware:
         self.ecap = ecap(description)
         self.iotlb = Tlb(description.caches)  # a space per (domain id, PASID); PASID -1: second stage, -2: table pages
         self.contexts: ContextCache[Context] = ContextCache(description.caches)  # the PASID cache
-        self._roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
+        self.roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
         self._decoded: dict[tuple[int, tuple[int, ...]], Context] = {}  # what bytes mean, while the roots are the same
         self.monitors: list[Monitor] = []
         self.faults: deque[FaultRecord] = deque(maxlen=FAULTS_KEPT)
@@ -62,12 +61,12 @@ class VtdHardware:
 
     def set_root(self, address: int, domain: VtdPaging | None) -> None:
         """A table of the kernel's own lies at an address, or no longer."""
-        if self._roots.get(address) is not domain:
+        if self.roots.get(address) is not domain:
             self._decoded.clear()
             if domain is None:
-                del self._roots[address]
+                del self.roots[address]
             else:
-                self._roots[address] = domain
+                self.roots[address] = domain
 
     def _was_stored(self, dev: Endpoint, pasid: int) -> None:
         if self.stored is not None:
@@ -76,7 +75,8 @@ class VtdHardware:
     # ---- translating ----
 
     def translate(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> TlbEntry:
-        """Through the caches. A refusal is recorded, unless a page request may follow. TranslationFault."""
+        """Through the caches. A refusal is recorded, but not with FPD nor before a page request. TranslationFault."""
+        context = None
         try:
             context = self.contexts.entries.get((dev, pasid)) or self._context(dev, pasid)
             if access > 3:
@@ -88,27 +88,31 @@ class VtdHardware:
                 raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
             return Walk(self, context, cached=True).translate(iova, access)
         except TranslationFault as fault:
-            self._refuse(dev, pasid, iova, access, fault)
+            _name(fault, context)
+            words = context.entry.pack() if context is not None else self.table(dev).read(pasid or 0)
+            if not PasidEntry.unpack(words).fpd:
+                self._record(dev, pasid, iova, access, fault)
             raise
 
     def walk_fresh(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> TlbEntry:
         """What memory says now: no cache is used or filled, no bit is set, nothing is recorded. TranslationFault."""
+        context = None
         try:
-            context = self._decode(dev, pasid)
+            context = self.decode(dev, pasid)
             context.check_request(access)
             if pasid is None and iova in INTERRUPTS:
                 raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
             return Walk(self, context, cached=False).translate(iova, access)
         except TranslationFault as fault:
-            self._name(dev, pasid, fault)
+            _name(fault, context)
             raise
 
     def _context(self, dev: Endpoint, pasid: int | None) -> Context:
-        context = self._decode(dev, pasid)
+        context = self.decode(dev, pasid)
         self.contexts.keep((dev, pasid), context)
         return context
 
-    def _decode(self, dev: Endpoint, pasid: int | None) -> Context:
+    def decode(self, dev: Endpoint, pasid: int | None) -> Context:
         """The PASID entry of a request, from memory. TranslationFault with its reason."""
         number = pasid or 0  # RID_PASID is 0
         if pasid is not None and not dev.max_pasids:
@@ -138,30 +142,23 @@ class VtdHardware:
             raise _refusal(Reason.PASID_INVALID)
         if pgtt != SECOND and (entry.fspm > 1 or (entry.fspm == 1 and 5 not in d.levels)):
             raise _refusal(Reason.PASID_INVALID)
-        domain = self._roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
+        domain = self.roots.get(entry.fsptptr if pgtt == FIRST else entry.ssptptr)
         if domain is None:
             raise _refusal(Reason.FS_ROOT_ACCESS if pgtt == FIRST else Reason.SS_ROOT)
         space = self.iotlb.space((entry.did, -1 if pgtt == SECOND else pasid))
         tables = self.iotlb.space((entry.did, -2))
         return Context(entry, pasid, domain, space, tables, d)
 
-    def _refuse(self, dev: Endpoint, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
-        """Name the fault; record it unless the device may ask for the page."""
-        self._name(dev, pasid, fault)
+    def _record(self, dev: Endpoint, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
+        """Record a fault, unless the device may ask for the page."""
         if dev.pri and dev.iopf.enabled and fault.code in RECOVERABLE:
             return
         code = Reason(fault.code)
         self.fault_count[code] += 1
+        dev.counters.faults += 1
         self.faults.append(FaultRecord(dev, pasid, iova, access, code))
         for monitor in self.monitors:
             monitor.fault(dev, pasid, iova, access, fault)
-
-    def _name(self, dev: Endpoint, pasid: int | None, fault: TranslationFault) -> None:
-        """Give a fault VT-d's reason."""
-        if not fault.code:
-            entry = PasidEntry.unpack(self.table(dev).read(pasid or 0))
-            fault.code = reason(fault, nested=entry.pgtt == NESTED, levels=4 + (entry.fspm & 1))
-        fault.name = TEXT[Reason(fault.code)]
 
     def sees(self, dev: Endpoint, pasid: int, old: tuple[int, ...], new: tuple[int, ...]) -> str:
         """Whose entry a walk finds now: "old", "new", or the fault."""
@@ -259,6 +256,14 @@ class VtdHardware:
     def did(self, domain: VtdDomain) -> int:
         """The domain's id on this unit."""
         raise NotImplementedError
+
+
+def _name(fault: TranslationFault, context: Context | None) -> None:
+    """Give a fault VT-d's reason; context: what the request was translated with, which memory may no longer say."""
+    if not fault.code:
+        assert context is not None
+        fault.code = reason(fault, nested=context.entry.pgtt == NESTED, levels=context.rules.levels)
+    fault.name = TEXT[Reason(fault.code)]
 
 
 def _refusal(code: Reason) -> TranslationFault:

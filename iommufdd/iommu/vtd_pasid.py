@@ -14,11 +14,12 @@ WORDS = struct.Struct("<8Q")
 ABSENT = (0,) * 8
 
 FIRST, SECOND, NESTED, PASS_THROUGH = 1, 2, 3, 4  # PGTT
-ADDRESS = 0x000F_FFFF_FFFF_F000
+POINTER = 0xFFFF_FFFF_FFFF_F000
+_BEYOND = 0xFFF << 52  # of a pointer: no host address is so wide
 # Reserved bits per word (spec 9.6). Software-ignored bits are left out.
-_RESERVED_0 = 1 << 5 | 1 << 10
+_RESERVED_0 = 1 << 5 | 1 << 10 | _BEYOND
 _RESERVED_1 = 0x7F << 16 | 3 << 25
-_RESERVED_2 = 3 << 5
+_RESERVED_2 = 3 << 5 | _BEYOND
 
 
 class PasidEntry(NamedTuple):
@@ -46,9 +47,9 @@ class PasidEntry(NamedTuple):
         w0, w1, w2 = words[:3]
         return cls(
             present=bool(w0 & 1), fpd=bool(w0 & 2), aw=w0 >> 2 & 7, pgtt=w0 >> 6 & 7, ssade=bool(w0 >> 9 & 1),
-            ssptptr=w0 & ADDRESS, did=w1 & 0xFFFF, pwsnp=bool(w1 >> 23 & 1), pgsnp=bool(w1 >> 24 & 1),
+            ssptptr=w0 & POINTER, did=w1 & 0xFFFF, pwsnp=bool(w1 >> 23 & 1), pgsnp=bool(w1 >> 24 & 1),
             sre=bool(w2 & 1), ere=bool(w2 >> 1 & 1), fspm=w2 >> 2 & 3, wpe=bool(w2 >> 4 & 1),
-            eafe=bool(w2 >> 7 & 1), fsptptr=w2 & ADDRESS,
+            eafe=bool(w2 >> 7 & 1), fsptptr=w2 & POINTER,
         )  # fmt: skip
 
     def pack(self) -> tuple[int, ...]:

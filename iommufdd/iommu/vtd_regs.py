@@ -35,7 +35,10 @@ def ecap(d: VtdIommu) -> int:
 
 
 class Reason(enum.IntEnum):
-    """Scalable-mode fault reasons that a DMA can raise; text as in the specification's table."""
+    """Scalable-mode fault reasons that a DMA can raise; text as in the specification's table.
+
+    Second-stage tables are the kernel's own, which are always readable (0x78) and well formed (0x7A).
+    """
 
     PASID_DISABLED = 0x45
     PASID_TOO_LARGE = 0x46
@@ -53,9 +56,7 @@ class Reason(enum.IntEnum):
     NESTED_ROOT_READ = 0x75
     NESTED_READ = 0x76
     NESTED_WRITE = 0x77
-    SS_ACCESS = 0x78
     SS_PERMISSION = 0x79
-    SS_RESERVED = 0x7A
     SS_ROOT = 0x7B
     SS_NO_SNOOP = 0x7C
     NOT_CANONICAL = 0x80
@@ -85,9 +86,7 @@ TEXT = {
     Reason.NESTED_ROOT_READ: "no second-stage read permission for the first-stage root table",
     Reason.NESTED_READ: "no second-stage read permission for a first-stage table",
     Reason.NESTED_WRITE: "no second-stage write permission to set A or D in a first-stage entry",
-    Reason.SS_ACCESS: "a second-stage entry cannot be read",
     Reason.SS_PERMISSION: "no read or write permission in a second-stage entry",
-    Reason.SS_RESERVED: "a reserved field of a second-stage entry is set",
     Reason.SS_ROOT: "the second-stage table pointer is invalid",
     Reason.SS_NO_SNOOP: "a second-stage A or D bit must be set and page walks do not snoop",
     Reason.NOT_CANONICAL: "the address is not canonical",
@@ -96,7 +95,7 @@ TEXT = {
     Reason.BEYOND_HARDWARE: "the address is beyond what the hardware supports",
     Reason.SS_BEYOND: "the address is beyond the second stage's width",
     Reason.FS_WRITE: "no write permission in a first-stage entry",
-    Reason.INTERRUPT: "a read of the interrupt address range",
+    Reason.INTERRUPT: "the interrupt address range is no memory",
     Reason.FS_NO_SNOOP: "a first-stage A or D bit must be set and page walks do not snoop",
 }
 
@@ -114,15 +113,15 @@ _SECOND = {
     Why.NOT_PRESENT: Reason.SS_PERMISSION,
     Why.READ: Reason.SS_PERMISSION,
     Why.WRITE: Reason.SS_PERMISSION,
-    Why.RESERVED: Reason.SS_RESERVED,
     Why.ADDRESS_SIZE: Reason.SS_BEYOND,
-    Why.UNREADABLE: Reason.SS_ACCESS,
     Why.ACCESS_FLAG: Reason.SS_NO_SNOOP,
 }
 
 
 def reason(fault: TranslationFault, *, nested: bool, levels: int) -> Reason:
     """The fault reason of a walk that stopped; levels: of the first stage."""
+    if fault.why is Why.INTERRUPT:
+        return Reason.INTERRUPT
     if fault.stage == 1:
         if fault.why is Why.UNREADABLE and fault.level == levels:
             return Reason.FS_ROOT_ACCESS

@@ -9,12 +9,28 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufdd.errors import IommufdError
+
 from .ops import Extent
 from .tlb import Space, TlbEntry
 from .vtd_pasid import FIRST, SECOND
 from .vtd_regs import Reason
-from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Step, TranslationFault, Why, allowed
-from .x86_64 import ADDRESS, XD, Rules, Start, canonical, root, walk
+from .walk import (
+    ALL,
+    EXEC,
+    EXECS,
+    PRIV,
+    READ,
+    USERS,
+    WRITE,
+    WRITES,
+    During,
+    Step,
+    TranslationFault,
+    Why,
+    allowed,
+)
+from .x86_64 import ADDRESS, XD, Rules, Start, admits, canonical, root, walk
 
 if TYPE_CHECKING:
     from iommufdd.description import VtdIommu
@@ -27,6 +43,7 @@ if TYPE_CHECKING:
 
 _entry_at = struct.Struct("<Q")
 _NOWHERE = 1, 0, memoryview(b""), 0
+INTERRUPTS = range(0xFEE00000, 0xFEF00000)  # not translated for requests without PASID
 
 
 class Kept(NamedTuple):
@@ -39,7 +56,7 @@ class Kept(NamedTuple):
 class Context:
     """A PASID-table entry, decoded, with the caches that its tag selects."""
 
-    __slots__ = ("domain", "entry", "pasid", "rules", "space", "start", "tables")
+    __slots__ = ("consent", "domain", "entry", "pasid", "rules", "space", "start", "tables")
 
     def __init__(
         self, entry: PasidEntry, pasid: int, domain: VtdPaging, space: Space, tables: Space, description: VtdIommu
@@ -53,6 +70,8 @@ class Context:
         self.rules = Rules(levels=4 + entry.fspm, pages_1g=description.pages_1g, haw=description.haw,
                            write_protect=entry.wpe, extended_access=entry.eafe)  # fmt: skip
         self.start = root(entry.fsptptr, self.rules)
+        # A device TLB must not allow what check_request() would refuse.
+        self.consent = (ALL if entry.sre else USERS) & (ALL if entry.ere else ~EXECS)
 
     def check_request(self, access: int) -> None:
         """Execute and privileged requests need the entry's consent. TranslationFault."""
@@ -69,12 +88,13 @@ class Context:
 class Walk:
     """One translation of one context."""
 
-    __slots__ = ("_cached", "_context", "_hw", "_level", "_seen", "_steps")
+    __slots__ = ("_before", "_cached", "_context", "_hw", "_level", "_seen", "_steps")
 
     def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
         self._hw = hw
         self._context = context
         self._cached = cached
+        self._before: tuple[RawStep, ...] = ()  # the entries that led to the table where this walk begins
         self._steps: list[RawStep] = []
         self._level = 0  # of the first-stage entry that is read first
         self._seen: tuple[int, int, memoryview, int] = _NOWHERE  # guest memory found last: from, to, view, offset in it
@@ -91,16 +111,19 @@ class Walk:
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(map(Step._make, self._steps))
+            fault.steps = tuple(map(Step._make, (*self._before, *self._steps)))
             raise
-        if self._cached:
+        entry.allowed &= self._context.consent
+        if entry.first < INTERRUPTS.stop and entry.last >= INTERRUPTS.start:
+            entry = _beside_interrupts(entry, iova)
+        if self._cached and iova not in INTERRUPTS:  # a hit is not asked whether it has a PASID
             self._context.space.insert(entry)
         return entry
 
     # ---- the kernel's tables ----
 
     def _first(self, iova: int, access: int) -> TlbEntry:
-        """A first stage of the kernel's: mapped is readable, for users, without execution."""
+        """A first stage of the kernel's: mapped is readable and executable, for users (x86_64_pt_iommu_set_prot)."""
         levels = self._context.rules.levels
         if not canonical(iova, levels):
             raise TranslationFault(Why.CANONICAL, stage=1, level=levels, addr=iova)
@@ -109,8 +132,6 @@ class Walk:
             raise TranslationFault(Why.NOT_PRESENT, stage=1, level=1, addr=iova)
         if access & WRITE and not extent.writable:
             raise TranslationFault(Why.WRITE, stage=1, level=1, addr=iova)
-        if access & EXEC:
-            raise TranslationFault(Why.EXECUTE, stage=1, level=1, addr=iova)
         return _from_extent(extent, allowed(readable=True, writable=extent.writable))
 
     def _second(self, ipa: int, access: int, during: During) -> tuple[Extent, int]:
@@ -121,7 +142,7 @@ class Walk:
         extent = self._extent(ipa)
         if extent is None:
             raise self._stop(Why.NOT_PRESENT, ipa, during)
-        if access & READ and not extent.readable:
+        if access & (READ | EXEC) and not extent.readable:
             raise self._stop(Why.READ, ipa, during)
         if access & WRITE and not extent.writable:
             raise self._stop(Why.WRITE, ipa, during)
@@ -157,18 +178,18 @@ class Walk:
     # ---- a guest's first stage ----
 
     def _nested(self, iova: int, access: int) -> TlbEntry:
-        kept = self._kept(iova) if self._cached else None
+        kept = self._kept(iova, access) if self._cached else None
         start, before = kept or (self._context.start, ())
+        self._before = before
         self._level = start.level
         steps = self._steps
         fetch, update = (self._fetch, self._update) if self._cached else (self._fetch_fresh, None)
         leaf = walk(fetch, update, start, self._context.rules, iova, access, steps)
         if self._cached:
             self._keep(start, before, iova)
-        steps[:0] = before
         gpa = leaf.out + iova - leaf.first
-        extent, rights = self._second(gpa, access & ~(EXEC | PRIV), During.ACCESS)
-        return _combined(leaf, iova, gpa, extent, rights, tuple(steps))
+        extent, rights = self._second(gpa, access, During.ACCESS)
+        return _combined(leaf, iova, gpa, extent, rights, (*before, *steps))
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)
@@ -191,7 +212,10 @@ class Walk:
         if view is not None:
             value: int = _entry_at.unpack_from(view, pos)[0]
             return value
-        data = file.pread(pos, 8)
+        try:
+            data = file.pread(pos, 8)
+        except IommufdError:  # private memory of a process that has ended
+            data = b""
         if len(data) < 8:
             raise TranslationFault(Why.UNREADABLE, stage=1, level=self._level - len(self._steps), addr=gpa)
         return int.from_bytes(data, "little")
@@ -207,7 +231,11 @@ class Walk:
             if page.view[pos] == old & 0xFF:
                 page.view[pos : pos + 2] = new_bytes
         else:
-            page.file.pwrite(pos, new_bytes)
+            try:
+                page.file.pwrite(pos, new_bytes)
+            except IommufdError:
+                level = self._level - len(self._steps) + 1
+                raise TranslationFault(Why.UNREADABLE, stage=1, level=level, addr=gpa) from None
 
     def _table(self, gpa: int, access: int, during: During) -> TlbEntry:
         """The page of a first-stage table, through the second stage."""
@@ -224,14 +252,15 @@ class Walk:
 
     # ---- the paging-structure cache ----
 
-    def _kept(self, iova: int) -> Kept | None:
+    def _kept(self, iova: int, access: int) -> Kept | None:
+        """The lowest table kept. A request that rights above it refuse walks from the root, to fault there."""
         tables = self._context.space.tables
         if tables:
             for level in range(1, self._context.rules.levels):
                 found = tables.get((level, iova >> 9 * level + 12))
                 if found is not None:
                     assert isinstance(found, Kept)
-                    return found
+                    return found if admits(found.start, self._context.rules, access) else None
         return None
 
     def _keep(self, start: Start, before: tuple[RawStep, ...], iova: int) -> None:
@@ -248,6 +277,20 @@ class Walk:
 
 def _from_extent(extent: Extent, rights: int) -> TlbEntry:
     return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
+
+
+def _beside_interrupts(entry: TlbEntry, iova: int) -> TlbEntry:
+    """The part of an entry around iova that is all interrupt addresses, or none."""
+    first, last = entry.first, entry.last
+    if iova < INTERRUPTS.start:
+        last = INTERRUPTS.start - 1
+    elif iova >= INTERRUPTS.stop:
+        first = INTERRUPTS.stop
+    else:
+        first, last = max(first, INTERRUPTS.start), min(last, INTERRUPTS.stop - 1)
+    ahead = first - entry.first
+    return TlbEntry(first, last, entry.file, entry.pos + ahead, entry.allowed, ipa=entry.ipa + ahead,
+                    raw_steps=entry.raw_steps)  # fmt: skip
 
 
 def _combined(leaf: Leaf, iova: int, gpa: int, extent: Extent, rights: int, steps: tuple[RawStep, ...]) -> TlbEntry:

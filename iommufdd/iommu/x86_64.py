@@ -35,10 +35,16 @@ EA = 1 << 10
 XD = 1 << 63
 _new = tuple.__new__  # makes a NamedTuple in half the time
 RIGHTS = RW | US | XD
+HARDWARE_BITS = A | D | EA  # set by walks
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 FLAGS = ((P, "P"), (RW, "RW"), (US, "US"), (1 << 3, "PWT"), (1 << 4, "PCD"), (A, "A"), (D, "D"), (PS, "PS"),
          (EA, "EA"), (XD, "XD"))  # fmt: skip
+
+
+def names(entry: int) -> str:
+    """The bits that are set, by their names: "P RW US"."""
+    return " ".join(name for bit, name in FLAGS if entry & bit)
 
 
 class Rules(NamedTuple):
@@ -109,20 +115,17 @@ def _four_levels(
     fetch: Fetch, table: int, rules: Rules, iova: int, mask: int, needed: int, steps: list[RawStep]
 ) -> Leaf | None:
     """The commonest walk unrolled, which is faster by half: from the root to a 4 KiB page, nothing in the way."""
-    a4 = table | iova >> 36 & 0xFF8
-    e4 = fetch(a4)
-    if e4 & mask != needed:
-        return None
-    a3 = e4 & ADDRESS | iova >> 27 & 0xFF8
-    e3 = fetch(a3)
-    if e3 & mask != needed:
-        return None
-    a2 = e3 & ADDRESS | iova >> 18 & 0xFF8
-    e2 = fetch(a2)
-    if e2 & mask != needed or (e4 | e3 | e2) & PS:
-        return None
-    a1 = e2 & ADDRESS | iova >> 9 & 0xFF8
-    e1 = fetch(a1)
+    try:
+        a4 = table | iova >> 36 & 0xFF8
+        e4 = fetch(a4)
+        a3 = e4 & ADDRESS | iova >> 27 & 0xFF8
+        e3 = fetch(a3) if e4 & mask == needed else 0
+        a2 = e3 & ADDRESS | iova >> 18 & 0xFF8
+        e2 = fetch(a2) if e3 & mask == needed and not (e4 | e3) & PS else 0
+        a1 = e2 & ADDRESS | iova >> 9 & 0xFF8
+        e1 = fetch(a1) if e2 & mask == needed and not e2 & PS else 0
+    except TranslationFault:
+        return None  # the loop will tell at which level
     if e1 & mask != needed:
         return None
     steps += (1, 4, a4, e4), (1, 3, a3, e3), (1, 2, a2, e2), (1, 1, a1, e1)
@@ -149,6 +152,11 @@ def _check(level: int, entry: int, rights: int, iova: int, access: int, rules: R
             bad = Why.RESERVED
     if bad is not None:
         raise TranslationFault(bad, stage=1, level=level, addr=iova)
+
+
+def admits(start: Start, rules: Rules, access: int) -> bool:
+    """A walk from here may reach a leaf: the rights gathered above do not refuse the access by themselves."""
+    return _test(P, start.rights, access, rules) is None
 
 
 def _test(entry: int, rights: int, access: int, rules: Rules) -> Why | None:

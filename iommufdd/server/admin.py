@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import trio
@@ -17,12 +18,15 @@ from iommufdd.errors import EINVAL, EMFILE, IommufdError
 from . import log
 from .census import counts, tree
 from .credentials import parse_caps, set_capabilities
+from .endpoints import transfer, walk
 
 if TYPE_CHECKING:
     from .channel import Channel
     from .serve import Server
 
+Immediate: TypeAlias = admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Trace | admin.Walk
 MAX_CLIENTS = 16
+RECEIVE = 1 << 17  # bytes at a time
 PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
 
 
@@ -51,28 +55,35 @@ async def serve_admin(server: Server, sock: socket.socket) -> None:
 
 
 async def _converse(server: Server, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    buffered = b""
+    buffered = bytearray()
+    seen = 0  # bytes without a newline
     while True:
-        line, newline, rest = buffered.partition(b"\n")
-        if newline:
-            buffered = rest
-            reply = answer(server, line)
+        end = buffered.find(b"\n", seen)
+        if end >= 0:
+            line = bytes(buffered[:end])
+            del buffered[: end + 1]
+            seen = 0
+            scope.deadline = math.inf  # a DMA waits as long as it likes
+            reply = await respond(server, stream.socket.fileno(), line)
             if isinstance(reply, admin.Tracing):
                 _follow(server, stream.socket.fileno(), line, reply)
                 return
+            scope.deadline = trio.current_time() + PATIENCE
             await stream.send_all(admin.encode(reply))
             scope.deadline = trio.current_time() + PATIENCE
-        elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(admin.MAX_LINE)):
+        elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(RECEIVE)):
             return
         else:
+            seen = len(buffered)
             buffered += more
 
 
-def answer(server: Server, line: bytes) -> admin.Reply:
-    """The reply to one request; whatever was closed until now is closed first."""
+async def respond(server: Server, fd: int, line: bytes) -> admin.Reply:
+    """The reply to one request; whatever was closed until now is closed first. fd: of whoever asks."""
     server.reactor.hang_ups()
     try:
-        return _answer(server, admin.decode_request(line))
+        request = admin.decode_request(line)
+        return await transfer(server, fd, request) if isinstance(request, admin.Dma) else _answer(server, request)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         return admin.Error(errno.EINVAL, str(error))
     except IommufdError as error:
@@ -82,7 +93,7 @@ def answer(server: Server, line: bytes) -> admin.Reply:
         return admin.Error(errno.EIO, "a bug in the daemon; its log has the traceback")
 
 
-def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
+def _answer(server: Server, request: Immediate) -> admin.Reply:
     match request:
         case admin.Show():
             return tree(server)
@@ -94,6 +105,8 @@ def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
             return _fault(server, request)
         case admin.Trace():
             return _trace(server, request)
+        case admin.Walk():
+            return walk(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:

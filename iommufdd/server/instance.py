@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
+    from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
     from iommufdd.machine_file import Machines
     from iommufdd.user import EventListener
@@ -39,6 +40,7 @@ class Instance:
         self.contexts: set[OpenContext] = set()
         self.devices: set[OpenDevice] = set()
         self._users: set[object] = set()
+        machine.dma.pumping = instances.pumping
 
     def keep(self, user: object) -> None:
         """`user` needs the machine. Its name leads here until the last user lets it go."""
@@ -106,6 +108,7 @@ class Instances:
         self.contexts: dict[FileKey, OpenContext] = {}
         self.devices: set[OpenDevice] = set()
         self.named: dict[str, Instance] = {}
+        self.pumping: Pumping | None = None  # of every machine's DMA
         self._new_machine = new_machine
         self._machines = machines
         self._built: weakref.WeakSet[Machine] = weakref.WeakSet()

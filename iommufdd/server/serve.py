@@ -20,6 +20,7 @@ from .listener import Listener, SocketFile, adopt, is_listening, notify
 from .memory import PageFiles
 from .nofile import Nofile
 from .packet import TAIL
+from .pump import PATIENCE, Pump
 from .reactor import Reactor
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Server:
         linger: float = LINGER,
         spin: float = 0.0,
         nofile: int | None = None,
+        patience: float = PATIENCE,
     ) -> None:
+        """patience: seconds that devices wait for a page, see Pump."""
         self.virtual = virtual
         self.virtual_caller = virtual_caller  # the admin socket may set credentials
         self.nofile = Nofile(nofile)
@@ -60,6 +63,8 @@ class Server:
         self.instances = Instances(new_machine, machines or Machines(), self.nofile)
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)
+        self.pump = Pump(self.reactor, lambda: [each.machine.dma for each in self.instances], patience)
+        self.instances.pumping = self.pump
         self.channels: set[Channel] = set()
         self.supervisors: set[Supervisor | Session] = set()
         self._watch: Watch | None = None
@@ -102,8 +107,8 @@ class Server:
 
     @property
     def alone(self) -> bool:
-        """There is one channel, and no descriptor out whose end would have to be seen before its next packet."""
-        return len(self.channels) == 1 and not self.pipes.by_key
+        """One channel and nothing else to do: no descriptor is out whose end must be seen before its next packet."""
+        return len(self.channels) == 1 and not self.pipes.by_key and not self.reactor.working
 
     def channel_closed(self) -> None:
         """Or a supervisor, or a reader: when there is nobody left to serve, --terminate ends the daemon."""
@@ -137,6 +142,7 @@ async def run(server: Server, *, admin: socket.socket | None = None, terminate: 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.reactor.run)
+            nursery.start_soon(server.pump.expire)
             if admin is not None:
                 nursery.start_soon(serve_admin, server, admin)
             if terminate:

@@ -6,11 +6,13 @@ import iommufd_uapi.iommufd as uapi
 from iommufdd.attach import attach, detach, replace
 from iommufdd.description import Caches, DeviceDescription, VtdIommu
 from iommufdd.device import IommufdDevice, bind, unbind
+from iommufdd.hw_pagetable import HwptNested, HwptPaging
 from iommufdd.iommu.dma import Dma, Op, State
 from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.iommu.group import IommuGroup
 from iommufdd.iommu.ops import IOMMU_NO_PASID
 from iommufdd.iommu.vtd import Vtd
+from iommufdd.iommu.vtd_domain import VtdDomain
 from iommufdd.objects import Holder
 from iommufdd.user import PAGE_SIZE
 from tests.core.harness import NEST_PARENT, RW, Client
@@ -38,9 +40,11 @@ class GuestRam:
 class Lab:
     """One context, one VT-d unit, devices on demand."""
 
-    def __init__(self, iommu: Vtd | None = None, *, mode: str = "greedy", **capabilities: object) -> None:
-        """mode: of the caches. capabilities: keys of VtdIommu."""
-        caches = Caches(mode=mode)  # type: ignore[arg-type]
+    def __init__(
+        self, iommu: Vtd | None = None, *, mode: str = "greedy", entries: int = 4096, **capabilities: object
+    ) -> None:
+        """mode, entries: of the caches. capabilities: keys of VtdIommu."""
+        caches = Caches(mode=mode, iotlb_entries=entries)  # type: ignore[arg-type]
         self.c = Client()
         self.iommu = iommu or Vtd(VtdIommu(name="dmar0", caches=caches, **capabilities))  # type: ignore[arg-type]
         self.driver = Holder()
@@ -66,6 +70,12 @@ class Lab:
 
     def replace(self, idev: IommufdDevice, pt: int, pasid: int = IOMMU_NO_PASID) -> int:
         return replace(self.c.caller, idev, pasid, pt)
+
+    def refuses(
+        self, idev: IommufdDevice, pt: int, expect: int, pasid: int = IOMMU_NO_PASID, *, replacing: bool = False
+    ) -> None:
+        """An attach, or a replace, that must fail."""
+        self.c.fails(lambda: (self.replace if replacing else self.attach)(idev, pt, pasid), expect)
 
     def detach(self, idev: IommufdDevice, pasid: int = IOMMU_NO_PASID) -> None:
         detach(idev, pasid)
@@ -148,3 +158,25 @@ def endpoint(idev: IommufdDevice) -> Endpoint:
     """The device behind a bound one."""
     assert isinstance(idev.dev, Endpoint)
     return idev.dev
+
+
+def domain(lab: Lab, hwpt: int) -> VtdDomain:
+    """The domain of a HWPT."""
+    found = lab.c.ictx.objects.get(hwpt)
+    assert isinstance(found, HwptPaging | HwptNested)
+    assert isinstance(found.domain, VtdDomain)
+    return found.domain
+
+
+def word(lab: Lab, idev: IommufdDevice, number: int, pasid: int = 0) -> int:
+    """A word of the device's PASID-table entry."""
+    return lab.iommu.table(endpoint(idev)).read(pasid)[number]
+
+
+def behind(lab: Lab, unit: Vtd, *, pasids: int = 0, group: IommuGroup | None = None) -> IommufdDevice:
+    """A device of the lab's context behind another unit."""
+    mine, lab.iommu = lab.iommu, unit
+    try:
+        return lab.device(pasids=pasids, group=group)
+    finally:
+        lab.iommu = mine

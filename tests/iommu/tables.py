@@ -1,4 +1,4 @@
-"""A writer of x86-64 tables that shares nothing with the walkers: a guest's own page tables in guest memory."""
+"""A writer of VT-d's structures that shares nothing with the walkers: a guest's page tables, PASID-table entries."""
 
 from __future__ import annotations
 
@@ -62,6 +62,30 @@ class X86Table:
 
 
 def flags(rights: str) -> int:
-    """r present, w writable, u user, x no execution, a accessed, d dirty."""
-    bits = {"r": 0, "w": 1, "u": 2, "a": 5, "d": 6, "x": 63}
+    """r present, w writable, u user, x no execution, a accessed, d dirty, e extended accessed."""
+    bits = {"r": 0, "w": 1, "u": 2, "a": 5, "d": 6, "e": 10, "x": 63}
     return sum(1 << bits[letter] for letter in rights)
+
+
+# Of a scalable-mode PASID-table entry: (first bit, bits) of each field (SEMANTICS 7.1).
+PASID_FIELDS = {
+    "p": (0, 1), "fpd": (1, 1), "aw": (2, 3), "pgtt": (6, 3), "ssade": (9, 1), "sspt": (12, 52), "did": (64, 16),
+    "pwsnp": (87, 1), "pgsnp": (88, 1), "sre": (128, 1), "ere": (129, 1), "fspm": (130, 2), "wpe": (132, 1),
+    "eafe": (135, 1), "fspt": (140, 52),
+}  # fmt: skip
+
+
+def pasid_entry(**fields: int) -> int:
+    """The 512 bits of a PASID-table entry; sspt and fspt are addresses of tables, p is 1 unless it is given."""
+    value = 0
+    for name, field in {"p": 1, **fields}.items():
+        first, bits = PASID_FIELDS[name]
+        number = field >> 12 if name in ("sspt", "fspt") else field
+        assert number >> bits == 0, name
+        value |= number << first
+    return value
+
+
+def words(entry: int) -> tuple[int, ...]:
+    """The eight words of a PASID-table entry."""
+    return tuple(entry >> 64 * at & (1 << 64) - 1 for at in range(8))

@@ -12,6 +12,7 @@ import iommufd_uapi.iommufd as uapi
 from iommufdd.device import IommufdDevice
 from iommufdd.errors import EINVAL
 from iommufdd.iommu.dma import Dma, Op, State
+from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.iommu.monitor import Monitor
 from iommufdd.iommu.replace import Switch
 from iommufdd.iommu.vtd import Vtd
@@ -25,6 +26,7 @@ from .tables import X86Table
 IOVA = 0x40_0000
 PAGES = 8
 SEEDS = range(10)
+Words = tuple[int, ...]
 REPLACES = 1_000  # of each seed: 10,000 in all
 
 
@@ -118,8 +120,8 @@ def straddle(seed: int, replaces: int) -> None:
 def test_a_switch_in_two_stores_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: P is cleared first, so a walk between the stores finds nothing."""
 
-    def two_stores(self: Vtd, dev: object, pasid: int, old: object, new: object, words: tuple[int, ...]) -> None:
-        table = self.table(dev)  # type: ignore[arg-type]
+    def two_stores(self: Vtd, dev: Endpoint, pasid: int, old: object, new: object, words: Words, *_: object) -> None:
+        table = self.table(dev)
         table.store(pasid, 0, 0)
         self.contexts.drop(lambda *_: True)
         self.iotlb.drop_spaces(lambda _: True)
@@ -132,8 +134,8 @@ def test_a_switch_in_two_stores_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_switch_that_forgets_the_caches_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_flush(self: Vtd, dev: object, pasid: int, old: object, new: object, words: tuple[int, ...]) -> None:
-        self.table(dev).publish(pasid, words)  # type: ignore[arg-type]
+    def no_flush(self: Vtd, dev: Endpoint, pasid: int, old: object, new: object, words: Words, *_: object) -> None:
+        self.table(dev).publish(pasid, words)
 
     monkeypatch.setattr(Vtd, "switch", no_flush)
     with pytest.raises(AssertionError):
@@ -174,12 +176,11 @@ class Verdicts(Monitor):
 @pytest.mark.parametrize("pasid", [0, 5])
 def test_vendor_mode_tears_down_first_so_every_replace_has_a_window(pasid: int) -> None:
     """SEMANTICS 3.9: every DMA between the first and the last store finds the entry not present, 0x59."""
-    lab = Lab()
+    lab = Lab(replace="vendor")
     idev = lab.device(pasids=10)
     places = targets(lab, idev, pasid=True)
     if pasid:
         lab.attach(idev, places[0].pt)
-    lab.iommu.vendor_replace = True
     verdicts = Verdicts()
     lab.iommu.monitors.append(verdicts)
     now = places[0]

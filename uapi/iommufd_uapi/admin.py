@@ -3,18 +3,21 @@
     {"request": "stats"}
     {"reply": "stats", "contexts": 1, ...}
 
-An address space is named by the `mm` of a hello reply.
+An address space is named by the `mm` of a hello reply. A machine instance by the name it is shared by, or, shared or
+not, by the inode of the identity of one of its contexts; "" is the one that has the device, if there is only one.
+Bytes are base64 text.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from .events import USUAL, AnyEvent, Event
 
-MAX_LINE = 65_536  #: bytes of one request
+MAX_DMA = 1 << 20  #: bytes of one `dma`
+MAX_LINE = MAX_DMA // 3 * 4 + 65_536  #: bytes of one request
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -65,6 +68,35 @@ class Trace(Request, tag="trace"):
     failed: bool = False  #: nothing but what failed
 
 
+class Dma(Request, tag="dma"):
+    """Let a device read, write, fill or compare memory, and wait until it has. The reply may carry an error.
+
+    What has been written is `done` bytes from the start. A requester that closes its connection cancels it.
+    EINVAL, ENOENT: no such instance or device.
+    """
+
+    device: str
+    op: Literal["read", "write", "fill", "compare"]
+    iova: int
+    length: int  #: at most MAX_DMA
+    data: bytes = b""  #: write, compare: `length` bytes; fill: the pattern, at least one
+    instance: str = ""
+    pasid: int | None = None  #: none: a request without PASID
+    privileged: bool = False
+    page_timeout: float | None = None  #: seconds to wait for a page; none: as long as the daemon says
+
+
+class Walk(Request, tag="walk"):
+    """What a translation does, level by level, from memory alone; and what is cached of it. EINVAL, ENOENT."""
+
+    device: str
+    iova: int
+    instance: str = ""
+    pasid: int | None = None
+    op: Literal["read", "write"] = "read"
+    privileged: bool = False
+
+
 # ---- replies -----------------------------------------------------------------------------------------------
 
 
@@ -96,6 +128,66 @@ class Gates(Reply, tag="fault"):
     """The gates of an address space, as they are now."""
 
     gates: list[Gate]
+
+
+class Refusal(msgspec.Struct):
+    """Why an IOMMU did not translate."""
+
+    code: int  #: the model's fault reason
+    name: str  #: of the code, in the specification's words
+    stage: int  #: 0: before any table
+    level: int  #: of the entry: 1 maps the smallest pages; 0 without an entry
+    address: int  #: input address of the stage that stopped
+    text: str  #: all of this in one line
+    steps: list[str] = []  #: the entries used
+
+
+class Moved(Reply, tag="dma"):
+    """A DMA is over; well if `error` is empty."""
+
+    done: int  #: bytes; of a compare that failed, the offset of the first difference
+    data: bytes = b""  #: read
+    error: str = ""  #: one line
+    fault: Refusal | None = None  #: if that was the reason
+
+
+class Area(msgspec.Struct):
+    """Where an address of a kernel's own table leads: a stretch of an IOAS."""
+
+    ioas: int
+    inode: int  #: of the context
+    first: int  #: of the stretch that is contiguous in memory
+    last: int
+    file: str
+    offset: int  #: in the file, of the address asked for
+    readable: bool
+    writable: bool
+
+
+class Row(msgspec.Struct):
+    """One entry that a walk uses, or one thing that a cache has."""
+
+    what: str
+    depth: int = 0  #: how far to indent
+    address: int | None = None  #: of the entry; where a kernel's own table is asked, the address to translate
+    words: list[int] = []  #: the entry, raw
+    bits: str = ""  #: the entry, decoded
+    leads: str = ""  #: where it leads
+    differs: str = ""  #: of a cache: what memory says instead
+    area: Area | None = None  #: what a kernel's own table has there
+
+
+class Walked(Reply, tag="walk"):
+    """A translation, explained."""
+
+    device: str
+    model: str  #: of its IOMMU
+    rows: list[Row]
+    first: int = 0  #: of the stretch that the result holds for
+    last: int = 0
+    rights: str = ""  #: "rw"
+    fault: Refusal | None = None
+    cached: list[Row] = []
 
 
 class Counts(Reply, tag="stats"):
@@ -183,6 +275,36 @@ class Process(msgspec.Struct):
     devices: list[str] = []  #: names of those it has open
 
 
+class Attachment(msgspec.Struct):
+    """What one PASID of a device uses."""
+
+    pasid: int | None  #: none: requests without PASID
+    type: str  #: of the page table's object
+    id: int
+    inode: int  #: of the context
+
+
+class Endpoint(msgspec.Struct):
+    """A device that does DMA."""
+
+    name: str
+    bdf: str
+    iommu: str
+    features: list[str]  #: "ats", "pri", "pasid"
+    attachments: list[Attachment]
+    read: int  #: bytes
+    written: int
+    completed: int  #: transfers
+    failed: int
+    faults: int  #: recorded by the IOMMU
+    page_requests: int
+    invalid: int  #: answered INVALID by the user or the driver
+    withdrawn: int  #: answered INVALID because the attachment ended
+    timeouts: int
+    running: int  #: transfers now
+    waiting: int  #: for a page
+
+
 class Instance(msgspec.Struct):
     """One machine."""
 
@@ -192,6 +314,7 @@ class Instance(msgspec.Struct):
     contexts: list[Context]
     devices: list[Device] = []
     processes: list[Process] = []
+    endpoints: list[Endpoint] = []
 
 
 class Tree(Reply, tag="show"):
@@ -206,8 +329,8 @@ class Tracing(Reply, tag="trace"):
     time: int
 
 
-AnyRequest = Show | Stats | Credentials | Fault | Trace
-AnyReply = Error | Done | Gates | Counts | Tree | Tracing
+AnyRequest = Show | Stats | Credentials | Fault | Trace | Dma | Walk
+AnyReply = Error | Done | Gates | Counts | Tree | Tracing | Moved | Walked
 R = TypeVar("R", bound=Reply)
 
 _encoder = msgspec.json.Encoder()

@@ -134,7 +134,7 @@ def test_hardware_behind_a_real_daemon(daemon: Daemon) -> None:
     with daemon.admin() as admin:
         _, found = admin.trace(only=WORDS.split(","))
         work(daemon)
-        lines = []
+        lines: list[str] = []
         while "-> nothing" not in "".join(lines):
             event = next(found)
             lines.append(events.line(event, event.time).split(" ", 1)[1])

@@ -44,8 +44,15 @@ callers:
   caps is none, or ipc_lock, sys_rawio and sys_resource joined by '+'. memlock is in bytes, or
   'unlimited'.
 
+sanitizer:
+  --sanitize watches the translations of all DMA, on machines with an IOMMU that translates: what a cache
+  gave is compared with what memory says. What was used although an invalidation was due that never came,
+  until its device was detached, goes to the log, and to 'iommufdctl sanitize'. --sanitize=fail also fails
+  DMA that meets such a translation again. A use before the invalidation came is counted, no more.
+
 exit status:
   0  stopped by SIGTERM or SIGINT, or --terminate and the last client has left
+  66 the same, with --sanitize=fail, and an invalidation never came
   1  could not start
   2  wrong usage
 
@@ -158,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a device waits for the answer to a page request (default 10; 'inf': for ever)",
     )
+    checks = parser.add_argument_group("checks")
+    checks.add_argument(
+        "--sanitize", "--sanitize=report", action="store_const", const="report", default="off",
+        help="report DMA through translations that should have been flushed",
+    )  # fmt: skip
+    checks.add_argument("--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and fail")
     output = parser.add_argument_group("output and tuning")
     output.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
@@ -234,6 +247,7 @@ def _serve(args: argparse.Namespace, machines: Machines) -> int:
         virtual_caller=args.virtual_caller,
         spin=args.spin_us / 1e6,
         patience=args.page_request_timeout,
+        sanitize=args.sanitize,
     )
     try:
         admin = _open_sockets(server, args)
@@ -241,7 +255,7 @@ def _serve(args: argparse.Namespace, machines: Machines) -> int:
         trio.run(lambda: run(server, admin=admin, terminate=args.terminate))
     finally:
         server.close()
-    return 0
+    return server.sanitize.end() if server.sanitize is not None else 0
 
 
 def _open_sockets(server: Server, args: argparse.Namespace) -> socket.socket | None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .description import MachineDescription
     from .iommu.ops import Device, IommuOps
     from .iommu.selftest_ops import SelftestIommu
+    from .sanitizer import Sanitizer
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
 
@@ -28,6 +29,7 @@ class Machine:
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
         self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
         self.dma = DmaQueue()  # what they do
+        self.sanitizer: Sanitizer | None = None
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 MAX_PENDING = 4096  # findings that wait for their flush
 MAX_REPORTED = 256
-MAX_SHOWN = 64  # of those that are pending
-MAX_USELESS = 64
+MAX_SHOWN = 32  # findings in a summary
+MAX_USELESS = 32
 MAX_LOG = 256  # invalidations remembered, to name a wrong one
 STATUS = 66  # exit status of `run --sanitize=fail`, as ThreadSanitizer's
 
@@ -90,10 +90,10 @@ class Counts:
 class Sanitizer(Monitor):
     """Watches the IOMMUs of a machine. `reported`: findings never flushed, each change once."""
 
-    def __init__(self, mode: Mode = Mode.REPORT, on_finding: Callable[[Finding], None] | None = None) -> None:
-        """on_finding is called whenever a finding is new or its outcome decided. It must not wait or raise."""
+    def __init__(self, mode: Mode = Mode.REPORT) -> None:
         self.mode = mode
-        self.on_finding = on_finding
+        self.listeners: list[Callable[[Finding], None]] = []
+        """Called whenever a finding is new or its outcome decided. They must not wait or raise."""
         self.counts = Counts()
         self.reported: list[Finding] = []
         self.useless: dict[str, int] = {}  # invalidations that dropped nothing, how often
@@ -111,6 +111,11 @@ class Sanitizer(Monitor):
         if self not in iommu.monitors:
             iommu.monitors.append(self)
         return True
+
+    @property
+    def pending(self) -> int:
+        """Findings that wait for their flush."""
+        return len(self._pending)
 
     @property
     def failed(self) -> bool:
@@ -135,8 +140,10 @@ class Sanitizer(Monitor):
         try:
             fresh = dev.iommu.walk_fresh(dev, pasid, iova, access)
         except TranslationFault as fault:
-            steps, says = fault.steps, str(fault)
             self._fresh_last = entry.last
+            if fault.why is Why.INTERRUPT:  # of the request, not of a table: a device TLB need not know
+                return
+            steps, says = fault.steps, str(fault)
         else:
             self._fresh_last = fresh.last
             if entry.same_as(fresh):
@@ -227,8 +234,8 @@ class Sanitizer(Monitor):
         self._tell(finding)
 
     def _tell(self, finding: Finding) -> None:
-        if self.on_finding is not None:
-            self.on_finding(finding)
+        for listener in self.listeners:
+            listener(finding)
 
     def settle(self) -> None:
         """What waits for its flush now was never flushed."""
@@ -312,15 +319,17 @@ class Sanitizer(Monitor):
             + (f" (at most {counts.longest} DMAs before)" if counts.raced else "")
             + (f", {len(self._pending)} not flushed yet" if self._pending else "")
         ]
-        for finding in (*self.reported, *islice(self._pending.values(), MAX_SHOWN)):
+        reported = self.reported[:MAX_SHOWN]
+        pending = list(islice(self._pending.values(), MAX_SHOWN - len(reported)))
+        for finding in (*reported, *pending):
             lines += finding.lines()
-        listed = sum(finding.pages for finding in self.reported)
-        lines += _more(counts.never - listed, "more never flushed")
-        lines += _more(counts.unfollowed, "stale uses more than could be followed")
-        lines += _more(counts.useless, "invalidations dropped nothing (no device had used what they name)")
+        lines += _count("more that were never flushed", counts.never - sum(finding.pages for finding in reported))
+        lines += _count("more that are not flushed yet", len(self._pending) - len(pending))
+        lines += _count("stale uses that could not be followed", counts.unfollowed)
+        lines += _count("invalidations that dropped nothing, as no device had used what they name", counts.useless)
         lines += [f"  {count:6} {text}" for text, count in self.useless.items()]
         return lines
 
 
-def _more(count: int, what: str) -> Iterable[str]:
-    return [f"{count} {what}"] if count else []
+def _count(what: str, count: int) -> Iterable[str]:
+    return [f"{what}: {count}"] if count else []

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.iommu.wrong import the_wrong_page_is_flushed
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -70,6 +72,13 @@ def test_the_machine_file_is_good_and_the_complaint_is_what_it_says(tmp_path: Pa
     (tmp_path / "lab.toml").write_text(block.replace("ats = true\n", ""))
     status, complaint = check()
     assert (status, f"`{complaint.strip()}`" in README) == (1, True), complaint
+
+
+def test_the_report_is_what_that_program_is_told() -> None:
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    vmm, _ = the_wrong_page_is_flushed()
+    vmm.end()
+    assert block.splitlines() == [f"iommufd: {line}" for line in vmm.sanitizer.summary()]
 
 
 def test_the_drawing_shows_every_module_of_the_core() -> None:

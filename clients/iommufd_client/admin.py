@@ -84,33 +84,6 @@ class Admin:
         """Let the nth acquisition from now fail (0: none), or ask what has failed."""
         return self._request(admin.Fault(mm, nth), admin.Gates).gates
 
-    def trace(
-        self,
-        *,
-        pids: Sequence[int] = (),
-        machine: str | None = None,
-        only: Iterable[str] = USUAL,
-        failed: bool = False,
-    ) -> tuple[int, Iterator[AnyEvent]]:
-        """Follow what happens: the time now, and events until the daemon ends. EINVAL, EMFILE.
-
-        The connection serves for nothing else from then on; close it to stop.
-        """
-        request = admin.Trace(list(pids), machine, sorted(only), failed)
-        return self._request(request, admin.Tracing).time, self._events()
-
-    def _events(self) -> Iterator[AnyEvent]:
-        self._sock.settimeout(None)
-        while True:
-            *lines, rest = self._received.split(b"\n")
-            self._received = rest
-            for line in lines:
-                yield admin.decode_event(bytes(line))
-            data = self._sock.recv(1 << 16)
-            if not data:
-                return
-            self._received += data
-
     def endpoint(self, device: str, instance: str | Opened = "") -> Endpoint:
         """A device by name, of a machine that is named or that an open /dev/iommu is on."""
         from .endpoint import Endpoint
@@ -139,6 +112,37 @@ class Admin:
         """How a request of a device would be translated. ENOENT, EINVAL."""
         return self._request(admin.Walk(device, iova, instance, pasid, op, privileged), admin.Walked)
 
+    def trace(
+        self,
+        *,
+        pids: Sequence[int] = (),
+        machine: str | None = None,
+        only: Iterable[str] = USUAL,
+        failed: bool = False,
+    ) -> tuple[int, Iterator[AnyEvent]]:
+        """Follow what happens: the time now, and events until the daemon ends. EINVAL, EMFILE.
+
+        The connection serves for nothing else from then on; close it to stop.
+        """
+        request = admin.Trace(list(pids), machine, sorted(only), failed)
+        return self._request(request, admin.Tracing).time, self._events()
+
+    def _events(self) -> Iterator[AnyEvent]:
+        self._sock.settimeout(None)
+        while True:
+            *lines, rest = self._received.split(b"\n")
+            self._received = rest
+            for line in lines:
+                yield admin.decode_event(bytes(line))
+            data = self._sock.recv(1 << 16)
+            if not data:
+                return
+            self._received += data
+
+    def sanitize(self, machine: str | None = None, *, settle: bool = False) -> list[admin.Findings]:
+        """What the sanitizer has found, for each machine; settle: what was not flushed until now never was. ENOENT."""
+        return self._request(admin.Sanitize(machine, settle), admin.Sanitized).machines
+
     def close(self) -> None:
         self._sock.close()
 
@@ -147,3 +151,12 @@ class Admin:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def connect(socket_path: str | None, admin_socket: str | None) -> Admin:
+    """The admin socket at its own path, or of the daemon at `socket_path`; OSError says which and what to do."""
+    path = admin_socket or (socket_path or default_socket_path()) + ".admin"
+    try:
+        return Admin(path)
+    except OSError as error:
+        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None

@@ -32,9 +32,10 @@ examples:
   iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
-  iommufdctl trace --failed             which calls fail, and why
   iommufdctl dma vfio0 read 0x1000 64   what a device reads there, or why it cannot
   iommufdctl walk vfio0 0x1000          how that address is translated
+  iommufdctl trace --failed             which calls fail, and why
+  iommufdctl sanitize                   DMA through translations that nobody has flushed
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -74,6 +75,26 @@ examples:
   iommufdctl doctor qemu-system-x86_64
   iommufdctl doctor -- ./my-test --verbose
   iommufdctl doctor --json ping | jq -r '.way, .reason'     run, mount or none
+"""
+
+SANITIZE = """\
+Print what the translation sanitizer of a daemon has found so far: DMA that used a cached translation although the
+page table had changed and the invalidation that was due never came, or has not come yet. The daemon watches its
+machines if it was started with --sanitize, or the machine of an 'iommufdctl run --sanitize'."""
+
+SANITIZE_EPILOG = """\
+report:
+  never flushed      the device was detached, or --settle given, before an invalidation covered it
+  not flushed yet    the invalidation may still come: a use before it comes is no mistake
+  came               invalidations that did not do it, and why
+
+exit status:
+  0 nothing was never flushed; 1 something was, or no daemon, or no such machine; 2 for wrong usage
+
+examples:
+  iommufdctl sanitize
+  iommufdctl sanitize --machine pair --settle
+  iommufdctl sanitize --json | jq '.machines[].never'
 """
 
 IOCTLS = """\
@@ -132,7 +153,9 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "show", "trace", "walk"],
+        "commands": [
+            "demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "sanitize", "show", "trace", "walk"
+        ],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -167,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     _json(show)
     show.set_defaults(run=_show)
 
+    sanitize = command("sanitize", "DMA through translations that were not flushed", SANITIZE, SANITIZE_EPILOG)
+    _socket_path(sanitize)
+    sanitize.add_argument("--admin-socket", metavar="PATH", help="its admin socket (default: the socket with .admin)")
+    sanitize.add_argument("--machine", metavar="INSTANCE", help="of the machine of this name alone")
+    sanitize.add_argument("--settle", action="store_true", help="what is not flushed yet never will be")
+    _json(sanitize)
+    sanitize.set_defaults(run=_sanitize)
+
     doctor = command("doctor", "what works on this host", DOCTOR, DOCTOR_EPILOG)
     _socket_path(doctor)
     _json(doctor)
@@ -184,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
     run_options.add(command)
     mount_options.add(command)
     machine_options.add(command)
-    trace.add(command)
     hardware_options.add(command)
+    trace.add(command)
     command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
     return parser
 
@@ -217,16 +248,36 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .hardware_options import admin_of
+    from .admin import connect
     from .show import render
 
-    with admin_of(args) as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0
         import json
 
         return _print_json(json.loads(admin.ask(requests.Show())))
+
+
+def _sanitize(args: argparse.Namespace) -> int:
+    from iommufd_uapi import admin as requests
+
+    from .admin import connect
+
+    with connect(args.socket_path, args.admin_socket) as admin:
+        found = admin.sanitize(args.machine, settle=args.settle)
+    if args.json:
+        import json
+
+        _print_json(json.loads(requests.encode(requests.Sanitized(found))))
+    elif not found:
+        print("no machine is open")
+    for machine in () if args.json else found:
+        name = f"machine {machine.machine!r}" if machine.machine else "a private machine"
+        print(f"{name}: the sanitizer is off" if machine.mode == "off" else f"{name}, mode {machine.mode}:")
+        print("".join(f"  {line}\n" for line in machine.lines), end="")
+    return int(any(machine.never for machine in found))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .admin import Admin
     from .dma import Data
     from .endpoint import How
 
@@ -131,23 +130,12 @@ def _seconds(text: str) -> float:
     return value
 
 
-def admin_of(args: argparse.Namespace) -> Admin:
-    """A connection to the admin socket that the options name. OSError that says so."""
-    from .admin import Admin
-    from .connection import default_socket_path
-
-    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
-    try:
-        return Admin(path)
-    except OSError as error:
-        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
-
-
 # ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _dma(args: argparse.Namespace) -> int:
     from . import dma
+    from .admin import connect
 
     length = args.size if args.length is None else args.length
     data = _data(args)
@@ -164,7 +152,7 @@ def _dma(args: argparse.Namespace) -> int:
     how: How = {"pasid": args.pasid, "privileged": args.privileged, "page_timeout": args.page_timeout}
     transfer = dma.Transfer(args.device, args.op, args.iova, length, data, args.machine, how, args.repeat,
                             args.file or "")  # fmt: skip
-    with admin_of(args) as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         return dma.run(admin, transfer, _advice(args))
 
 
@@ -200,10 +188,11 @@ def _advice(args: argparse.Namespace) -> str:
 
 
 def _walk(args: argparse.Namespace) -> int:
+    from .admin import connect
     from .show import terminal
     from .walk import render
 
-    with admin_of(args) as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         walked = admin.walk(
             args.device,
             args.iova,

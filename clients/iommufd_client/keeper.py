@@ -1,4 +1,4 @@
-"""Room client: what `iommufdctl run` does while CMD runs.
+"""Room client: what `iommufdctl run`, and `mount --exact`, do while CMD runs.
 
 It waits for CMD, passes signals on, prints what the daemon says, and opens for it what it may not (reach.py). When the
 daemon dies the keeper answers in its place: ENODEV for what is /dev/iommu's, and everything else goes on as if nobody
@@ -59,6 +59,9 @@ def check_welcome(reply: bytes) -> None:
 class Keeper:
     """One run of CMD."""
 
+    farewell = "/dev/iommu answers ENODEV from now on"  # when the daemon is gone
+    in_work: int | None = -errno.ENODEV  # the answer to the call it had in work; None: the kernel's
+
     def __init__(
         self,
         connection: socket.socket,
@@ -81,6 +84,7 @@ class Keeper:
         self.child = child
         self.numbers = numbers
         self.daemon_lives = True
+        self.verdict = 0  # the exit status if CMD's own is 0
         self._status: int | None = None  # of CMD
         self._signals = -1
         self._poll = select.poll()
@@ -96,7 +100,7 @@ class Keeper:
         while self._status is None:
             self._turn()
         self._outlive(self._status, last_words=last_words)
-        return self._status
+        return self._status or self.verdict
 
     def _turn(self) -> None:
         """Whatever comes next."""
@@ -146,7 +150,10 @@ class Keeper:
             except RunError as error:
                 sys.stderr.write(f"iommufdctl: {error}\n")
         elif text.startswith(b"\0"):
-            self._hand_over(text)
+            if len(text) == 2:
+                self.verdict = text[1]
+            else:
+                self._hand_over(text)
         elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()
@@ -205,11 +212,11 @@ class Keeper:
         """Answer the call that the daemon had in work, and those that come."""
         if not self._processes_left():
             return
-        sys.stderr.write("iommufdctl: the daemon is gone; /dev/iommu answers ENODEV from now on\n")
+        sys.stderr.write(f"iommufdctl: the daemon is gone; {self.farewell}\n")
         sys.stderr.flush()
         current = int.from_bytes(self.page[:8], "little")
         if current:
-            self._send(current, -errno.ENODEV)
+            self._send(current, self.in_work)
         self._poll.register(self.listener, select.POLLIN)
 
     def answer(self, mask: int) -> None:
@@ -224,12 +231,12 @@ class Keeper:
             return  # killed meanwhile
         notification, pid, _, nr, _, _, *args = seccomp.NOTIF.unpack(data)
         try:
-            ours = self._is_ours(pid, nr, args)
+            ours = self.is_ours(pid, nr, args)
         except (OSError, OverflowError):
             ours = False
         self._send(notification, -errno.ENODEV if ours else None)
 
-    def _is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
+    def is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
         """Whether the call was the daemon's to answer. OSError."""
         numbers = self.numbers
         if nr in (numbers.open, numbers.openat, numbers.openat2):

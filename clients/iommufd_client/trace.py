@@ -75,9 +75,9 @@ def _words(text: str) -> list[str]:
 def _run(args: argparse.Namespace) -> int:
     from iommufd_uapi.events import USUAL
 
-    from .hardware_options import admin_of
+    from .admin import connect
 
-    with admin_of(args) as admin, _opened(args.output) as output:
+    with connect(args.socket_path, args.admin_socket) as admin, _opened(args.output) as output:
         since, events = admin.trace(
             pids=args.pid, machine=args.machine, only=args.only or USUAL, failed=args.failed
         )

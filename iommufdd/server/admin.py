@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .serve import Server
 
-Immediate: TypeAlias = admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Trace | admin.Walk
+Immediate: TypeAlias = (
+    admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk | admin.Trace | admin.Sanitize
+)
 MAX_CLIENTS = 16
 RECEIVE = 1 << 17  # bytes at a time
 PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
@@ -103,10 +105,14 @@ def _answer(server: Server, request: Immediate) -> admin.Reply:
             return _credentials(server, request)
         case admin.Fault():
             return _fault(server, request)
-        case admin.Trace():
-            return _trace(server, request)
         case admin.Walk():
             return walk(server, request)
+        case admin.Trace():
+            return _trace(server, request)
+        case admin.Sanitize():
+            from .sanitize import findings
+
+            return findings(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:

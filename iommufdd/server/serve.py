@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from .channel import Channel
     from .fuse.session import Session
+    from .sanitize import Sanitize
     from .seccomp.fds import Watch
     from .seccomp.notify import Supervisor
     from .trace import Trace
@@ -53,13 +54,20 @@ class Server:
         spin: float = 0.0,
         nofile: int | None = None,
         patience: float = PATIENCE,
+        sanitize: str = "off",
     ) -> None:
-        """patience: seconds that devices wait for a page, see Pump."""
+        """patience: seconds that devices wait for a page, see Pump. sanitize: off, report, fail (sanitizer.Mode)."""
         self.virtual = virtual
         self.virtual_caller = virtual_caller  # the admin socket may set credentials
         self.nofile = Nofile(nofile)
         self.page_files = PageFiles(self.nofile)
         self.pipes = Pipes(self.nofile)
+        self.sanitize: Sanitize | None = None
+        if sanitize != "off":
+            from .sanitize import Sanitize
+
+            self.sanitize = Sanitize(sanitize)
+            new_machine = self.sanitize.watched(new_machine)
         self.instances = Instances(new_machine, machines or Machines(), self.nofile)
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from iommufd_client import Iommufd
     from iommufd_client.testing import Daemon
 
-COMMANDS = ("show", "doctor", "ioctls", "machine", "mount", "run", "trace", "dma", "walk", "demo")
+COMMANDS = ("show", "doctor", "ioctls", "machine", "mount", "run", "sanitize", "dma", "walk", "trace", "demo")
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -276,6 +276,15 @@ def a_page_fault_is_answered() -> tuple[Vmm, Right]:
     return vmm, Right()
 
 
+def a_large_page_lies_around_the_interrupt_range() -> tuple[Vmm, Right]:
+    """Its translation does not reach into the range; what is refused there is no finding."""
+    vmm = Vmm(ats=True)
+    vmm.table.map(0xFEE00000, M2, level=2)
+    vmm.read(0xFEF00000)
+    assert vmm.lab.fault(vmm.idev, 0xFEE00000) == 0x87
+    return vmm, Right()
+
+
 def nothing_is_cached() -> tuple[Vmm, Right]:
     vmm = Vmm(mode="off", ats=True)
     for page in (A, B, C):
@@ -307,7 +316,8 @@ RIGHT = (
     another_device_leaves_meanwhile, several_changes_share_a_flush, a_table_is_replaced_and_flushed,
     everything_is_flushed, a_large_page_is_split_where_nobody_looks, a_domain_is_replaced,
     the_table_of_a_detached_hwpt_changes, memory_is_unmapped_under_the_parent, an_ioas_without_a_guest,
-    two_devices_share_a_hwpt, a_page_fault_is_answered, nothing_is_cached, evicted_before_its_flush,
+    two_devices_share_a_hwpt, a_page_fault_is_answered, a_large_page_lies_around_the_interrupt_range,
+    nothing_is_cached, evicted_before_its_flush,
 )  # fmt: skip
 
 

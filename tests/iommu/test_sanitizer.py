@@ -11,7 +11,7 @@ import pytest
 
 from iommufdd.finding import Outcome
 from iommufdd.iommu.dma import Op, State
-from iommufdd.sanitizer import MAX_PENDING, MAX_REPORTED, Mode
+from iommufdd.sanitizer import MAX_PENDING, MAX_REPORTED, MAX_SHOWN, Mode
 from tests.core.harness import FAULT, PASID
 
 from .right import RIGHT, Right, must_be_left_alone
@@ -46,7 +46,7 @@ def test_the_report_reads_like_this() -> None:
         f"  changed: stage 1 level 1, the entry at {entry:#x}: 0x5007 then, 0x6007 now",
         f"  right: HWPT_INVALIDATE {{addr 0x7f1234567000, npages 1}} on hwpt {vmm.hwpt} (IOTLB)",
         f"  came: {nearby}: 0x7f1234569000..0x7f1234569fff does not cover it",
-        "1 invalidations dropped nothing (no device had used what they name)",
+        "invalidations that dropped nothing, as no device had used what they name: 1",
         f"       1 {nearby}",
     ]
 
@@ -127,14 +127,14 @@ def test_findings_are_bounded_and_counted() -> None:
     assert len(vmm.end()) == MAX_REPORTED
     assert (vmm.sanitizer.counts.never, vmm.sanitizer.counts.unfollowed) == (MAX_PENDING, 8)
     text = vmm.sanitizer.summary()
-    assert f"{MAX_PENDING - MAX_REPORTED} more never flushed" in text
-    assert "8 stale uses more than could be followed" in text
+    assert f"more that were never flushed: {MAX_PENDING - MAX_SHOWN}" in text
+    assert "stale uses that could not be followed: 8" in text
 
 
 def test_whoever_listens_hears_each_step() -> None:
     vmm = Vmm()
     heard: list[tuple[Outcome, int]] = []
-    vmm.sanitizer.on_finding = lambda finding: heard.append((finding.outcome, finding.uses))
+    vmm.sanitizer.listeners.append(lambda finding: heard.append((finding.outcome, finding.uses)))
     vmm.table.map(IOVA, A)
     vmm.read()
     vmm.table.map(IOVA, B)

@@ -56,18 +56,6 @@ class Fault(Request, tag="fault"):
     nth: int | None = None
 
 
-class Trace(Request, tag="trace"):
-    """Follow what happens. After the reply come events, one a line (decode_event), until either side hangs up.
-
-    The words of `only` are those of events.KINDS. EINVAL for another; EMFILE when too many follow already.
-    """
-
-    pids: list[int] = []  #: of processes; empty: all
-    machine: str | None = None  #: null: all
-    only: list[str] = msgspec.field(default_factory=lambda: sorted(USUAL))
-    failed: bool = False  #: nothing but what failed
-
-
 class Dma(Request, tag="dma"):
     """Let a device read, write, fill or compare memory, and wait until it has. The reply may carry an error.
 
@@ -95,6 +83,28 @@ class Walk(Request, tag="walk"):
     pasid: int | None = None
     op: Literal["read", "write"] = "read"
     privileged: bool = False
+
+
+class Trace(Request, tag="trace"):
+    """Follow what happens. After the reply come events, one a line (decode_event), until either side hangs up.
+
+    The words of `only` are those of events.KINDS. EINVAL for another; EMFILE when too many follow already.
+    """
+
+    pids: list[int] = []  #: of processes; empty: all
+    machine: str | None = None  #: null: all
+    only: list[str] = msgspec.field(default_factory=lambda: sorted(USUAL))
+    failed: bool = False  #: nothing but what failed
+
+
+class Sanitize(Request, tag="sanitize"):
+    """What the translation sanitizer has found so far. ENOENT when there is no machine of that name.
+
+    With `settle`, what was used and not flushed until now counts as never flushed.
+    """
+
+    machine: str | None = None  #: the name of an instance, "" for the private ones; null for all
+    settle: bool = False
 
 
 # ---- replies -----------------------------------------------------------------------------------------------
@@ -323,14 +333,33 @@ class Tree(Reply, tag="show"):
     instances: list[Instance]
 
 
+class Findings(msgspec.Struct):
+    """The sanitizer of one machine."""
+
+    machine: str
+    mode: str  #: off, report, fail
+    checked: int = 0  #: uses of translations
+    never: int = 0  #: stale translations used that were never flushed
+    raced: int = 0  #: used before their flush came
+    pending: int = 0  #: used, and not flushed yet
+    useless: int = 0  #: invalidations that dropped nothing
+    lines: list[str] = []  #: the report
+
+
+class Sanitized(Reply, tag="sanitize"):
+    """One for each machine."""
+
+    machines: list[Findings]
+
+
 class Tracing(Reply, tag="trace"):
     """Events follow. `time` is now, as Event.time has it."""
 
     time: int
 
 
-AnyRequest = Show | Stats | Credentials | Fault | Trace | Dma | Walk
-AnyReply = Error | Done | Gates | Counts | Tree | Tracing | Moved | Walked
+AnyRequest = Show | Stats | Credentials | Fault | Dma | Walk | Trace | Sanitize
+AnyReply = Error | Done | Gates | Counts | Tree | Moved | Walked | Tracing | Sanitized
 R = TypeVar("R", bound=Reply)
 
 _encoder = msgspec.json.Encoder()

@@ -320,26 +320,33 @@ class Events:
         if self.events.listening:
             self.events.hardware(Dma("vfio0", pasid, iova, length, "read"))
 
-    with one of the structs of iommufd_uapi.events; a new kind of event is a new struct there.
+    with one of the structs of iommufd_uapi.events; a new kind of event is a new struct there. Models that know monitors
+    are told of by hardware_events.py.
     """
 
-    __slots__ = ("_listeners", "listening", "machine")
+    __slots__ = ("_listeners", "listening", "machine", "on_change")
 
     def __init__(self, machine: str = "") -> None:
         self.machine = machine  # its name
         self.listening = False
+        self.on_change: Callable[[], None] | None = None  # called when `listening` has changed
         self._listeners: tuple[EventListener, ...] = ()
 
     def add(self, listener: EventListener) -> None:
-        self._listeners = (*self._listeners, listener)
-        self.listening = True
+        self._set((*self._listeners, listener))
 
     def remove(self, listener: EventListener) -> None:
         """ValueError unless it listens."""
         found = list(self._listeners)
         found.remove(listener)
-        self._listeners = tuple(found)
-        self.listening = bool(found)
+        self._set(tuple(found))
+
+    def _set(self, listeners: tuple[EventListener, ...]) -> None:
+        self._listeners = listeners
+        if self.listening != bool(listeners):
+            self.listening = bool(listeners)
+            if self.on_change is not None:
+                self.on_change()
 
     def enter(self, file: File, caller: Caller, cmd: int, uptr: int) -> Entered:
         return [(each, each.enter(file, caller, cmd, uptr)) for each in self._listeners]

@@ -23,7 +23,14 @@ a line:
   seconds since the trace began, pid and name of the process, the call on the open /dev/iommu with that inode
   (as in 'iommufdctl show'), what was passed, what came back, how long it took. Ids have their kind.
 
-words of --only, joined by commas (default: all but object):
+a line of hardware, which has a process only if a call of one has caused it:
+  0.002345 - [lab] fault vfio0 read iova 0x1000: 0x71 a first-stage entry is not present
+  0.002361 - [lab] dma vfio0 pasid 5 write 0x7f1234567000+0x1000 = done
+  0.002390 4711 (vmm) [lab] invalidate dmar0 IOTLB page (did 2, pasid 0) 0x5000..0x5fff leaf: dropped 1
+  0.002402 4711 (vmm) [lab] replace vfio0 pasid 0 hwpt_paging:4 -> hwpt_nested:5: window: P cleared opens it
+  [lab] is the name of a machine that is shared. Of a call the hardware's lines come first.
+
+words of --only, joined by commas (default: all but object); fault has page requests and responses too:
   ioctl queue dma fault invalidate replace object
 
 a slow reader:

@@ -173,6 +173,13 @@ class VtdHardware:
 
     # ---- invalidations ----
 
+    def tag_words(self, tag: object) -> str:
+        """The tag of an Invalidation: "did 2", "did 2, pasid 0", "vfio0, pasid 0"."""
+        if not isinstance(tag, tuple):
+            return f"did {tag}"
+        where, pasid = tag
+        return f"{where if isinstance(where, str) else f'did {where}'}, pasid {pasid}"
+
     def _dropped(self, what: Invalidation) -> None:
         for monitor in self.monitors:
             monitor.invalidated(what)

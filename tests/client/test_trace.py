@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from iommufd_client import DmaError
 from iommufd_client.testing import Daemon
 from iommufd_client.trace import Summary
 from iommufd_uapi import events
@@ -109,6 +110,63 @@ def test_the_library_follows(daemon: Daemon) -> None:
         assert isinstance(event, events.Ioctl)
         assert event.time >= since
         assert event.back == {"out_ioas_id": "ioas:1"}
+
+
+WORDS = "dma,fault,invalidate,replace"
+
+
+def work(daemon: Daemon) -> None:
+    """A device that is attached, moves bytes, misses, loses what it was attached to, and is attached again."""
+    with daemon.open(machine="lab@vtd") as iommufd, iommufd.device("vfio1") as device, daemon.admin() as admin:
+        device.bind(iommufd)
+        ioas, other = iommufd.ioas_alloc(), iommufd.ioas_alloc()
+        endpoint = admin.endpoint("vfio1", iommufd)
+        with iommufd.guest_memory(1 << 16) as ram:
+            iommufd.ioas_map(ioas, ram, iova=0x10000)
+            device.attach(ioas)
+            endpoint.write(0x10000, bytes(0x1000))
+            with pytest.raises(DmaError):
+                endpoint.read(0x9000, 4)
+            device.attach(other)
+
+
+def test_hardware_behind_a_real_daemon(daemon: Daemon) -> None:
+    with daemon.admin() as admin:
+        _, found = admin.trace(only=WORDS.split(","))
+        work(daemon)
+        lines: list[str] = []
+        while "-> nothing" not in "".join(lines):
+            event = next(found)
+            lines.append(events.line(event, event.time).split(" ", 1)[1])
+    hardware = [line.removeprefix("- [lab] ") for line in lines if line.startswith("- ")]
+    assert hardware[:3] == [
+        "dma vfio1 write 0x10000+0x1000 = done",
+        "fault vfio1 read iova 0x9000: 0x71 a first-stage entry is not present",
+        "dma vfio1 read 0x9000+0x4 = fault 0x71: a first-stage entry is not present (stage 1 level 1 address 0x9000)",
+    ], "what no call has done is told of no process"
+    switches = [line.partition("[lab] ")[2] for line in lines if " replace " in line]
+    assert switches == [
+        "replace vfio1 pasid 0 nothing -> hwpt_paging:4",
+        "replace vfio1 pasid 0 hwpt_paging:4 -> hwpt_paging:5: hitless",
+        "replace vfio1 pasid 0 hwpt_paging:5 -> nothing",
+    ]
+    assert any("[lab] invalidate dmar0 IOTLB PASID (did 2, pasid 0): dropped 1" in line for line in lines)
+
+
+@pytest.mark.parametrize("word", WORDS.split(","))
+def test_only_what_is_asked_for(daemon: Daemon, start: Start, word: str) -> None:
+    process = start("--only", word)
+    assert process.stdout is not None
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while not poll.poll(20):
+        work(daemon)
+    process.send_signal(signal.SIGINT)
+    lines, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "")
+    assert lines
+    for line in lines.splitlines():
+        assert line.partition("[lab] ")[2].startswith(f"{word} "), line
 
 
 def test_the_summary_of_a_trace() -> None:

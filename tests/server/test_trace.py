@@ -214,26 +214,30 @@ def test_hardware_tells_of_itself(local: Local, follow: Callable[..., Follower])
     (instance,) = local.server.instances
     every, dma, failed = follow(), follow(only=frozenset(["dma"])), follow(failed=True)
     told = [
-        events.Dma("vfio0", 0, 0x1000, 0x200, "read"),
+        events.Dma("vfio0", None, 0x1000, 0x200, "read"),
         events.Dma("vfio0", 5, 0x1000, 0, "write", "fault"),
         events.Fault("vfio0", 5, 0x1000, "write", 0x78, "not present"),
-        events.PageRequest("vfio0", 5, 0x1000, "read|write", 3),
+        events.PageRequest("vfio0", 5, 0x1000, "read", 3),
         events.PageResponse("vfio0", 5, 3, "INVALID"),
-        events.Invalidate("vtd0", "IOTLB", "domain 3 0x1000..0x1fff", 2),
+        events.Invalidate("vtd0", "IOTLB", "page", "did 3", 0x1000, 0x1FFF, leaf=True, dropped=2),
+        events.Invalidate("vtd0", "IOTLB", "domain", "did 3", tables=4),
         events.Replace("vfio0", 0, "", "hwpt_paging:4"),
+        events.Replace("vfio0", 0, "hwpt_paging:4", "hwpt_nested:5", "window", "P cleared"),
     ]
     for event in told:
         instance.machine.events.hardware(event)
     found = every.read()
     assert found == told
     assert [masked(events.line(each, each.time)) for each in found] == [
-        "[lab] DMA(vfio0, read, 0x1000..0x11ff) = done",
-        "[lab] DMA(vfio0 pasid 5, write, 0x1000..0x1000) = fault",
-        "[lab] FAULT(vfio0 pasid 5, write, 0x1000) = 0x78 (not present)",
-        "[lab] PAGE_REQUEST(vfio0 pasid 5, read|write, 0x1000, group 3, last)",
-        "[lab] PAGE_RESPONSE(vfio0 pasid 5, group 3) = INVALID",
-        "[lab] INVALIDATE(vtd0, IOTLB, domain 3 0x1000..0x1fff) = 2 dropped",
-        "[lab] REPLACE(vfio0, nothing -> hwpt_paging:4)",
+        "[lab] dma vfio0 read 0x1000+0x200 = done",
+        "[lab] dma vfio0 pasid 5 write 0x1000+0x0 = fault",
+        "[lab] fault vfio0 pasid 5 write iova 0x1000: 0x78 not present",
+        "[lab] page request vfio0 pasid 5 read 0x1000 (group 3)",
+        "[lab] page response vfio0 pasid 5 (group 3) = INVALID",
+        "[lab] invalidate vtd0 IOTLB page (did 3) 0x1000..0x1fff leaf: dropped 2",
+        "[lab] invalidate vtd0 IOTLB domain (did 3): dropped 0, tables 4",
+        "[lab] replace vfio0 pasid 0 nothing -> hwpt_paging:4",
+        "[lab] replace vfio0 pasid 0 hwpt_paging:4 -> hwpt_nested:5: window: P cleared opens it",
     ]
     assert dma.read() == told[:2]
     assert failed.read() == [told[1], told[2], told[4]]

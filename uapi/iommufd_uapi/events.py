@@ -66,20 +66,20 @@ class Dma(Event, tag="dma", gc=False):
     """A transfer of a device."""
 
     device: str  #: as the machine description names it
-    pasid: int  #: 0: without
+    pasid: int | None  #: none: a request without PASID
     iova: int
     length: int  #: bytes
-    op: str  #: "read", "write", ...
-    outcome: str = DONE  #: or why it did not go through
+    op: str  #: "read", "write", "fill", "compare", "privileged read", ...
+    outcome: str = DONE  #: or why it did not go through, and how far it came
 
 
 class Fault(Event, tag="fault", gc=False):
     """A translation that failed, as the IOMMU reports it."""
 
     device: str
-    pasid: int
+    pasid: int | None
     iova: int
-    perm: str  #: what was asked for: "read", "write", "exec", joined by |
+    perm: str  #: what was asked for: "read", "privileged write", "execute"
     code: int  #: the number of the reason in the IOMMU's own specification
     reason: str
 
@@ -88,8 +88,8 @@ class PageRequest(Event, tag="page_request", gc=False):
     """A device asks for a page (PRI)."""
 
     device: str
-    pasid: int
-    iova: int
+    pasid: int | None
+    iova: int  #: of the page
     perm: str
     group: int  #: of the requests that are answered together
     last: bool = True  #: of its group
@@ -99,27 +99,35 @@ class PageResponse(Event, tag="page_response", gc=False):
     """The answer to a group of page requests."""
 
     device: str
-    pasid: int
+    pasid: int | None
     group: int
     code: str  #: "SUCCESS", "INVALID", ...
 
 
 class Invalidate(Event, tag="invalidate", gc=False):
-    """Cached translations are dropped."""
+    """One command to a cache."""
 
     iommu: str
-    what: str  #: the command, by its name in the IOMMU's specification
-    range: str  #: what it names: "domain 3 pasid 1 0x1000..0x2fff"
-    dropped: int  #: entries
+    cache: str  #: "IOTLB", "device TLB", "PASID cache"
+    granularity: str  #: "page", "PASID", "domain", "all"
+    tag: str  #: what it names, in the words of the IOMMU's specification: "did 3, pasid 1"
+    first: int = 0  #: of a "page" one
+    last: int = 2**64 - 1
+    leaf: bool = False  #: tables that are kept stay
+    user: bool = False  #: the user asked for it, not the driver
+    dropped: int = 0  #: translations
+    tables: int = 0  #: tables, or contexts, that were kept
 
 
 class Replace(Event, tag="replace", gc=False):
     """A device goes from one domain to another; "" is none, so attach and detach are told too."""
 
     device: str
-    pasid: int
+    pasid: int  #: 0: that of requests without one
     old: str  #: "hwpt_paging:4"
     new: str
+    verdict: str = ""  #: of one domain for another: "hitless", or "window" when a walk could find neither in between
+    opens: str = ""  #: the store that opens the window
 
 
 class Lost(Event, tag="lost", gc=False):
@@ -217,19 +225,18 @@ def _what(event: Event) -> str:
         case Lost():
             return f"... {event.count} events lost"
         case Dma():
-            args = f"{_device(event)}, {event.op}, {_range(event.iova, event.length)}"
-            return f"DMA({args}) = {event.outcome}"
+            return f"dma {_device(event)} {event.op} {event.iova:#x}+{event.length:#x} = {event.outcome}"
         case Fault():
-            return f"FAULT({_device(event)}, {event.perm}, {event.iova:#x}) = {event.code:#x} ({event.reason})"
+            return f"fault {_device(event)} {event.perm} iova {event.iova:#x}: {event.code:#x} {event.reason}"
         case PageRequest():
-            last = ", last" if event.last else ""
-            return f"PAGE_REQUEST({_device(event)}, {event.perm}, {event.iova:#x}, group {event.group}{last})"
+            more = "" if event.last else ", more to come"
+            return f"page request {_device(event)} {event.perm} {event.iova:#x} (group {event.group}{more})"
         case PageResponse():
-            return f"PAGE_RESPONSE({_device(event)}, group {event.group}) = {event.code}"
+            return f"page response {_device(event)} (group {event.group}) = {event.code}"
         case Invalidate():
-            return f"INVALIDATE({event.iommu}, {event.what}, {event.range}) = {event.dropped} dropped"
+            return _invalidate(event)
         case Replace():
-            return f"REPLACE({_device(event)}, {event.old or 'nothing'} -> {event.new or 'nothing'})"
+            return _replace(event)
     raise TypeError(f"no event: {event!r}")
 
 
@@ -248,12 +255,22 @@ def _queue(event: Queue) -> str:
     return f"{event.op}({event.queue}{passed}, {event.count}) {result}{back} <{event.duration / 1e6:.6f}>"
 
 
+def _invalidate(event: Invalidate) -> str:
+    where = f" {event.first:#x}..{event.last:#x}" if event.granularity == "page" else ""
+    leaf = " leaf" if event.leaf else ""
+    tables = f", tables {event.tables}" if event.tables else ""
+    what = f"{event.iommu} {event.cache} {event.granularity} ({event.tag}){where}{leaf}"
+    return f"invalidate {what}: dropped {event.dropped}{tables}"
+
+
+def _replace(event: Replace) -> str:
+    verdict = f": {event.verdict}" if event.verdict else ""
+    opens = f": {event.opens} opens it" if event.opens else ""
+    return f"replace {_device(event)} {event.old or 'nothing'} -> {event.new or 'nothing'}{verdict}{opens}"
+
+
 def _device(event: Dma | Fault | PageRequest | PageResponse | Replace) -> str:
-    return f"{event.device} pasid {event.pasid}" if event.pasid else event.device
-
-
-def _range(first: int, length: int) -> str:
-    return f"{first:#x}..{first + max(length, 1) - 1:#x}"
+    return event.device if event.pasid is None else f"{event.device} pasid {event.pasid}"
 
 
 def _printable(letter: str) -> str:

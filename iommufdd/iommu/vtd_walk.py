@@ -69,12 +69,13 @@ class Context:
 class Walk:
     """One translation of one context."""
 
-    __slots__ = ("_cached", "_context", "_hw", "_level", "_steps")
+    __slots__ = ("_before", "_cached", "_context", "_hw", "_level", "_steps")
 
     def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
         self._hw = hw
         self._context = context
         self._cached = cached
+        self._before: tuple[Step, ...] = ()  # the steps that a cache has saved
         self._steps: list[Step] = []
         self._level = 0  # of the first-stage entry that is read first
 
@@ -90,7 +91,7 @@ class Walk:
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(self._steps)
+            fault.steps = (*self._before, *self._steps)
             raise
         if self._cached:
             self._context.space.insert(entry)
@@ -158,16 +159,16 @@ class Walk:
     def _nested(self, iova: int, access: int) -> TlbEntry:
         kept = self._kept(iova) if self._cached else None
         start, before = kept or (self._context.start, ())
+        self._before = before
         self._level = start.level
         steps = self._steps
         update = self._update if self._cached else None
         leaf = walk(self._fetch, update, start, self._context.rules, iova, access, steps)
         if self._cached:
             self._keep(start, before, iova)
-        steps[:0] = before
         gpa = leaf.out + iova - leaf.first
         extent, rights = self._second(gpa, access & ~(EXEC | PRIV), During.ACCESS)
-        return _combined(leaf, iova, gpa, extent, rights, tuple(steps))
+        return _combined(leaf, iova, gpa, extent, rights, (*before, *steps))
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)

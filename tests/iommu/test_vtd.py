@@ -79,3 +79,17 @@ def test_replace_sees_old_or_new() -> None:
     lab.replace(idev, ioas_b)
     assert lab.read(idev, 0x3000, 1) == b"B"
     assert set(seen) <= {b"A", b"B"}
+
+
+def test_a_fault_has_all_its_steps_from_wherever_the_walk_began() -> None:
+    lab = Lab()
+    idev = lab.device()
+    hwpt, _, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    table.map(0x7000, 0x8000)
+    lab.read(idev, 0x7000)  # keeps the tables
+    for iova, levels in ((0x9000, [4, 3, 2, 1]), (0x20_0000, [4, 3, 2])):
+        dma = lab.dma(idev, Op.READ, iova)
+        dma.run()
+        assert dma.fault is not None
+        assert [step.level for step in dma.fault.steps] == levels

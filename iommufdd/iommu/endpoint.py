@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PAGE_REQUEST_PASID_VALID = 1 << 0
 PAGE_REQUEST_LAST_PAGE = 1 << 1
 PERM_READ, PERM_WRITE, PERM_EXEC, PERM_PRIV = 1, 2, 4, 8
+# A device TLB's entry is good for requests of the mode that it was asked for in (PCIe 10.2.3.2: Priv, Exe).
+LIKE = {mode: sum(1 << access for access in range(16) if access & (EXEC | PRIV) == mode)
+        for mode in (0, EXEC, PRIV, EXEC | PRIV)}  # fmt: skip
 GROUPS = 512  # page request group indexes of a function
 
 
@@ -105,7 +108,8 @@ class Endpoint(Device):
             found = space.lookup(iova)
             if found is None or not found.allowed >> access & 1:
                 granted = iommu.translate(self, pasid, iova, access)
-                found = TlbEntry(granted.first, granted.last, granted.file, granted.pos, granted.allowed,
+                allowed = granted.allowed & LIKE[access & (EXEC | PRIV)]
+                found = TlbEntry(granted.first, granted.last, granted.file, granted.pos, allowed,
                                  ipa=granted.ipa, steps=granted.steps)  # fmt: skip
                 space.insert(found)
             entry = found

@@ -30,7 +30,8 @@ class How(TypedDict, total=False):
 class Opened(Protocol):
     """A /dev/iommu of the daemon: it names its machine, also a private one."""
 
-    identity: HasFileno
+    @property
+    def identity(self) -> HasFileno: ...
 
 
 def instance_of(where: str | Opened) -> str:

@@ -137,6 +137,7 @@ def test_a_bug_is_logged_and_the_next_transfer_goes_on(server: Server, caplog: p
     while server.reactor.work():
         pass
     assert (good.state, broken.state) == (State.DONE, State.FAILED)
+    assert broken.error.startswith("a bug")
     assert [record.message for record in caplog.records] == ["bug"]
     del lab
 

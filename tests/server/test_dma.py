@@ -318,7 +318,7 @@ def ask(served: Served, request: admin.Request) -> socket.socket:
 
 def test_dma_is_cancelled_when_nobody_waits_for_it(served: Served) -> None:
     with Guest(served, faults=True) as guest:
-        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4))
+        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0))
         asked(guest)
         assert state(served).waiting == 1
         sock.close()
@@ -330,7 +330,7 @@ def test_dma_is_cancelled_when_nobody_waits_for_it(served: Served) -> None:
 
 def test_who_has_said_all_still_hears_the_answer(served: Served) -> None:
     with Guest(served, faults=True) as guest:
-        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4))
+        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0))
         sock.shutdown(socket.SHUT_WR)  # as socat does at the end of its input
         asked(guest)
         guest.table.map(IOVA, 0x5000)
@@ -343,7 +343,7 @@ def test_who_has_said_all_still_hears_the_answer(served: Served) -> None:
 def test_places_are_given_back(served: Served) -> None:
     with Guest(served, faults=True) as guest:
         for _ in range(3):
-            socks = [ask(served, admin.Dma("vfio0", "read", IOVA, 4)) for _ in range(10)]
+            socks = [ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0)) for _ in range(10)]
             eventually(lambda: state(served).waiting == 10)
             for sock in socks:
                 sock.close()

@@ -33,9 +33,9 @@ machines:
 
 sockets:
   Clients connect to PATH (type SOCK_SEQPACKET); docs/PROTOCOL.md is the protocol. The admin socket
-  (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, and, for tests, credentials
-  and faults. Under systemd, sockets come by LISTEN_FDS (FileDescriptorName=admin marks the admin
-  socket) and readiness is told to NOTIFY_SOCKET.
+  (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, DMA of devices and how it is
+  translated, and, for tests, credentials and faults. Under systemd, sockets come by LISTEN_FDS
+  (FileDescriptorName=admin marks the admin socket) and readiness is told to NOTIFY_SOCKET.
 
 callers:
   Whether pages count against RLIMIT_MEMLOCK depends on the caller's uid, capabilities and limit.

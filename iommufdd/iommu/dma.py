@@ -211,6 +211,7 @@ class DmaQueue:
         self.running: deque[Dma] = deque()
         self.parked: dict[Dma, float] = {}  # and until when, by the clock of who pumps
         self.pumping: Pumping | None = None
+        self.turn: Dma | None = None  # whose it was last: after a bug, who must be told
 
     def submit(self, dma: Dma) -> None:
         """Run it when the queue is pumped; a transfer of no bytes is over at once."""
@@ -229,11 +230,8 @@ class DmaQueue:
             dma = running.popleft()
             before = dma.done
             steps -= 1
-            try:
-                state = dma.step() if dma.state is RUNNING else dma.state
-            except Exception:
-                dma.cancel("a bug in the daemon; its log has the traceback")
-                raise
+            self.turn = dma
+            state = dma.step() if dma.state is RUNNING else dma.state
             count -= dma.done - before
             if state is RUNNING:
                 running.append(dma)

@@ -60,13 +60,13 @@ def words(row: Row) -> str:
 def why(fault: TranslationFault, iova: int) -> str:
     """A fault in one line: "fault 0x71: a first-stage entry is not present, stage 1 level 2, iova 0x1000"."""
     text = f"fault {fault.code:#x}: {fault.name}"
-    if fault.stage:
+    if fault.stage == 2 and fault.during is not During.ACCESS:
+        text += f", stage 2 under stage 1 level {fault.level}"
+    elif fault.stage:
         text += f", stage {fault.stage} level {fault.level}"
     text += f", iova {iova:#x}"
     if fault.stage == 2 and fault.addr != iova:
         text += f", guest address {fault.addr:#x}"
-    if fault.during is not During.ACCESS:
-        text += f" ({fault.during.value})"
     return text
 
 

@@ -51,7 +51,10 @@ class Pump:
             more = queue.pump(STEPS, BYTES)
         except Exception as error:
             log.bug(error)
+            if queue.turn is not None:
+                queue.turn.cancel("a bug in the daemon; its log has the traceback")
             more = bool(queue.running)
+        queue.turn = None
         if more:
             self._busy[queue] = None  # behind the others
         return bool(self._busy)

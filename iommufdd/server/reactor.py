@@ -126,9 +126,14 @@ class Reactor:
         """A batch without waiting for it, then a piece of work; when other tasks get their next turn."""
         self.step()
         self.work()
-        if self._work is not None and time.monotonic() < checkpoint_at:
+        if self._work is None:
+            # Whoever waits for the work is another task, and may have more: no lingering.
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            self.step()
+        elif time.monotonic() < checkpoint_at:
             return checkpoint_at
-        await trio.lowlevel.checkpoint()  # also at the end: whoever waits for the work goes on
+        else:
+            await trio.lowlevel.checkpoint()
         return time.monotonic() + CHECKPOINT_INTERVAL
 
     def step(self) -> bool:

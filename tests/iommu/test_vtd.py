@@ -109,3 +109,17 @@ def test_a_large_page_around_the_interrupt_range_does_not_reach_into_it() -> Non
     assert lab.read(idev, 0xFEF00000, 6) == b"behind"
     assert lab.fault(idev, 0xFEE00000) == Reason.INTERRUPT
     assert lab.fault(idev, 0xFEEFFFFF) == Reason.INTERRUPT
+
+
+def test_a_fault_has_all_its_steps_from_wherever_the_walk_began() -> None:
+    lab = Lab()
+    idev = lab.device()
+    hwpt, _, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    table.map(0x7000, 0x8000)
+    lab.read(idev, 0x7000)  # keeps the tables
+    for iova, levels in ((0x9000, [4, 3, 2, 1]), (0x20_0000, [4, 3, 2])):
+        dma = lab.dma(idev, Op.READ, iova)
+        dma.run()
+        assert dma.fault is not None
+        assert [step.level for step in dma.fault.steps] == levels

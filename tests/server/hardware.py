@@ -139,7 +139,9 @@ class Guest:
         self.ram: GuestMemory = self.iommufd.guest_memory(RAM)
         self.iommufd.ioas_map(self.ioas, self.ram, iova=0)
         self.table = X86Table(self.ram, POOL)
-        parent = self.iommufd.hwpt_alloc(self.driver.idev.id, self.ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
+        pasids = uapi.IOMMU_HWPT_ALLOC_PASID
+        nests = uapi.IOMMU_HWPT_ALLOC_NEST_PARENT | pasids
+        parent = self.iommufd.hwpt_alloc(self.driver.idev.id, self.ioas, flags=nests)
         self.faults: File | None = None
         fault_id = None
         if faults:
@@ -147,6 +149,7 @@ class Guest:
         self.hwpt = self.iommufd.hwpt_alloc(
             self.driver.idev.id,
             parent,
+            flags=pasids,
             data=uapi.HwptVtdS1(flags=0, pgtbl_addr=self.table.root, addr_width=48),
             fault_id=fault_id,
         )

@@ -53,7 +53,7 @@ def address(word: int, high: int, low: int) -> Bits:
     return Bits(word, high, low, in_place=True)
 
 
-class Bitfield(msgspec.Struct, frozen=True):
+class Bitfield(msgspec.Struct, gc=False):
     """Base of every structure of bit fields. All fields are zero when not given."""
 
     WORDS: ClassVar[int] = 0

@@ -89,7 +89,7 @@ class Rules:
     blocks: set[int] = field(init=False)
     compared: int = field(init=False)  # the address above `bits`, as far as it is looked at
     top: int = field(init=False)  # its right value
-    quick: tuple[tuple[int, int, int], ...] = field(init=False)  # what _four_levels() tests, by access; () if it may not
+    quick: tuple[tuple[int, int, int], ...] = field(init=False)  # for _four_levels(), by access; () if not for it
 
     def __post_init__(self) -> None:
         self.bits = 64 - self.tsz

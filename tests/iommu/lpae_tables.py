@@ -1,4 +1,4 @@
-"""A writer of LPAE tables that shares nothing with the walkers: ARM's level numbers, shifts as the manual prints them."""
+"""A writer of LPAE tables that shares nothing with the walkers: ARM's level numbers, shifts as printed."""
 
 from __future__ import annotations
 

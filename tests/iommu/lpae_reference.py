@@ -246,8 +246,14 @@ class Memory:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.read: dict[int, int] = {}
 
     def __call__(self, address: int) -> int:
+        if address not in self.read:
+            self.read[address] = self._entry(address)
+        return self.read[address]
+
+    def _entry(self, address: int) -> int:
         rng = random.Random(self.seed << 64 | address)
         calm = self.seed % 2
         entry = rng.choices((3, 1, 2, 0), (98, 2, 0, 0) if calm else (76, 18, 3, 3))[0]
@@ -313,24 +319,36 @@ def _first(rng: random.Random, granule: int, size: int) -> int:
     return usual
 
 
-def check(lpae: Any, case: Case) -> Answer:
-    """The walker under test gives the reference's answer, from the root and from every table that a cache may keep."""
+class Solved(NamedTuple):
+    """A walk and the reference's answer."""
+
+    case: Case
+    memory: Memory
+    expected: Answer
+
+
+def solved(case: Case) -> Solved:
+    """Ask the reference."""
     half, seed, ttb, ia, access, stores = case
     memory = Memory(seed)
-    expected = reference(half, ttb, memory, ia, access, stores=stores)
-    rules = half.rules(lpae)
-    start = lpae.root(ttb, rules)
-    found = answer(lpae, case, rules, start)
+    return Solved(case, memory, reference(half, ttb, memory, ia, access, stores=stores))
+
+
+def check(lpae: Any, given: Solved) -> None:
+    """The walker under test gives the reference's answer, from the root and from every table that a cache may keep."""
+    case, memory, expected = given
+    rules = case.half.rules(lpae)
+    start = lpae.root(case.ttb, rules)
+    found = answer(lpae, case, memory, rules, start)
     assert found == expected, (case, found, expected)
     if not expected.fault:
         for _, _, entry in expected.steps[:-1]:
             start = lpae.below(start, entry, rules)
-            again = answer(lpae, case, rules, start)
+            again = answer(lpae, case, memory, rules, start)
             assert (again.first, again.out, again.size, again.allowed) == expected[2:6], (case, start)
-    return expected
 
 
-def answer(lpae: Any, case: Case, rules: Any, start: Any) -> Answer:
+def answer(lpae: Any, case: Case, memory: Memory, rules: Any, start: Any) -> Answer:
     """What the walker under test says, in the reference's words."""
     steps: list[tuple[int, int, int, int]] = []
     stored: list[tuple[int, int, int]] = []
@@ -339,7 +357,7 @@ def answer(lpae: Any, case: Case, rules: Any, start: Any) -> Answer:
         stored.append((address, old, new))
 
     try:
-        leaf = lpae.walk(Memory(case.seed), update if case.stores else None, start, rules, case.ia, case.access, steps)
+        leaf = lpae.walk(memory, update if case.stores else None, start, rules, case.ia, case.access, steps)
     except lpae.TranslationFault as stopped:
         fault = stopped
     else:

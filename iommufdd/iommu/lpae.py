@@ -183,7 +183,7 @@ def walk(
         try:
             found = _four_levels(fetch, start, rules, ia, access, steps)
         except TranslationFault:
-            found = None  # once more, step by step: the fault's level is told by the steps
+            found = None  # once more, step by step: the steps tell the fault's level
         if found is not None:
             return found
     _check_input(rules, ia)

@@ -8,7 +8,9 @@ from the other end; `arm_level()` converts for people. SMMUv3 reports no levels,
     ACCESS_FLAG                            F_ACCESS
     USER, READ, WRITE, EXECUTE             F_PERMISSION
 
-A set EXEC is an instruction fetch: it needs no right to read unless READ is set too.
+EXEC is an instruction fetch: it needs no right to read unless READ is set too. Security states, memory attributes and
+nG are not looked at. Not walked, and not to be offered in ID registers: 52 bit addresses in 4 and 16 KiB tables (DS),
+small tables (STT), E0PD, EPAN, permission indirection, big-endian tables.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def stage1(cd: Cd, oas: int) -> tuple[Rules, Rules]:
 
 
 def bad_stage1(cd: Cd, oas: int, *, granules: tuple[int, ...] = (12, 14, 16), va52: bool = False) -> bool:
-    """TxSZ, TGx or TTBx of a half in use is one that the walker cannot use: C_BAD_CD (IHI0070 5.4; no small tables)."""
+    """TxSZ, TGx or TTBx of a half in use is ILLEGAL: C_BAD_CD (IHI0070 5.4). The rest of the CD is for the model."""
     for tg, tsz, epd, ttb in (
         (_TG0.get(cd.tg0), cd.t0sz, cd.epd0, cd.ttb0),
         (_TG1.get(cd.tg1), cd.t1sz, cd.epd1, cd.ttb1),

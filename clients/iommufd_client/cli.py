@@ -28,7 +28,7 @@ exit status:
 
 examples:
   iommufdctl run -- ./program           a program that sees a /dev/iommu
-  iommufdctl demo                       a small VMM against a private daemon, in a second
+  iommufdctl demo                       a guest's page table nested on an emulated VT-d, in a second
   iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
@@ -109,12 +109,17 @@ examples:
 """
 
 DEMO = """\
-Start a private daemon and be a small VMM: address space, guest memory, device, DMA, page table with dirty tracking,
-calls that fail and why, and what the daemon has open meanwhile. Needs no privilege and leaves nothing behind."""
+Start a private daemon and be a small VMM, told step by step. Needs no privilege and leaves nothing behind."""
 
 DEMO_EPILOG = """\
-example:
+demos:
+  vtd     a guest's page table nested on Intel VT-d: DMA through both stages, a page fault, a forgotten
+          invalidation, replace under traffic (the default)
+  mock    with the kernel selftest's device: address space, DMA, dirty tracking, calls that fail and why
+
+examples:
   iommufdctl demo
+  iommufdctl demo mock
 """
 
 
@@ -217,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     machine_options.add(command)
     hardware_options.add(command)
     trace.add(command)
-    command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
+    demo = command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG)
+    demo.add_argument("name", nargs="?", choices=sorted(DEMOS), default="vtd", help="default: vtd")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -302,10 +309,14 @@ def _ioctls(args: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
+DEMOS = {"mock": "demo", "vtd": "demo_vtd"}  # the modules
 
-    return run(_paint())
+
+def _demo(args: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    status: int = import_module(f".{DEMOS[args.name]}", __package__).run(_paint())
+    return status
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Endpoint(Device):
         group.devices.append(self)
         self.description = description
         self.name = description.name
-        self.sid = source_id(description.bdf)
+        self.sid = description.source_id
         self.ats = description.ats
         self.pri = description.pri
         self.max_pasids = 1 << description.pasid_width if description.pasid_width else 0
@@ -147,23 +147,29 @@ class Endpoint(Device):
             self.counters.invalid += 1
             dma.fail(f"the driver answers the page request INVALID: {refusal}")
             return False
+        number = self.wait(dma)
+        return number is not None and self.report(dma, number, iova & -4096)
+
+    def wait(self, dma: Dma) -> int | None:
+        """A page request group for dma to wait in; None when all are taken, and dma has failed."""
         number = self._free_group()
         if number is None:
             dma.fail(f"all {GROUPS} page request groups are waiting")
-            return False
+            return None
         self.counters.page_requests += 1
         self._waiting[number] = dma
         dma.group = number
-        for monitor in iommu.monitors:
-            monitor.requested(self, dma.pasid, number, iova, dma.access)
-        return self._report(dma, number, iova)
+        for monitor in self.iommu.monitors:
+            monitor.requested(self, dma.pasid, number, dma.iova + dma.done, dma.access)
+        return number
 
-    def _report(self, dma: Dma, number: int, iova: int) -> bool:
+    def report(self, dma: Dma, number: int, addr: int) -> bool:
+        """Tell the driver that dma waits for the page at addr; False when it was refused, and dma has failed."""
         pasid = dma.pasid
         flags = PAGE_REQUEST_LAST_PAGE
         if pasid is not None:
             flags |= PAGE_REQUEST_PASID_VALID | self.iommu.page_request_flags
-        request = Fault(flags, pasid or IOMMU_NO_PASID, number, _perm(dma.access), iova & -4096)
+        request = Fault(flags, pasid or IOMMU_NO_PASID, number, _perm(dma.access), addr)
         try:
             self.iopf.report(request, pasid_valid=pasid is not None, last=True)
         except EINVAL as refused:
@@ -184,13 +190,17 @@ class Endpoint(Device):
         """A page group response reaches the device."""
         for monitor in self.iommu.monitors:
             monitor.answered(self, group, code)
-        dma = self._waiting.pop(group.faults[-1].grpid, None)
+        self.respond(group.faults[-1].grpid, success=code == IOMMU_PAGE_RESP_SUCCESS, withdrawn=group.withdrawn)
+
+    def respond(self, number: int, *, success: bool, withdrawn: bool) -> None:
+        """What waits in a page request group goes on, or fails."""
+        dma = self._waiting.pop(number, None)
         if dma is None:
             return  # it gave up before
-        if code == IOMMU_PAGE_RESP_SUCCESS:
+        if success:
             dma.resume()
             self.queue.submit(dma)
-        elif group.withdrawn:
+        elif withdrawn:
             self.counters.withdrawn += 1
             dma.fail("the page request was answered INVALID: its attachment ended")
         else:
@@ -209,12 +219,6 @@ class Endpoint(Device):
             return []
         space = self.tlb.space(pasid)
         return space.drop_all() if (first, last) == (0, 2**64 - 1) else space.drop(first, last)
-
-
-def source_id(bdf: str) -> int:
-    """The requester id of "[domain:]bus:device.function"."""
-    bus, device, function = bdf.replace(".", ":").split(":")[-3:]
-    return int(bus, 16) << 8 | int(device, 16) << 3 | int(function)
 
 
 def _perm(access: int) -> int:

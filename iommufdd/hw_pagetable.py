@@ -148,6 +148,8 @@ def paging_alloc(
         hwpt.hold(ioas)
         caller.gate(Gate.DOMAIN)
         hwpt.domain = iommu.domain_alloc_paging(dev, flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        if idev.enforce_cache_coherency:
+            hwpt.enforce_cache_coherency = hwpt.domain.enforce_cache_coherency()
         if before_fill is not None:
             before_fill(hwpt)
         try:

@@ -91,6 +91,10 @@ class Domain:
         """Let dev translate through this domain instead of `old`. EINVAL: it does not fit the device."""
         raise NotImplementedError
 
+    def enforce_cache_coherency(self) -> bool:
+        """enforce_cache_coherency(): from now on only for devices whose DMA can be forced to snoop."""
+        return True
+
     def unmapped(self, iova: int, last: int) -> None:
         """[iova, last] has left the address space: flush it."""
 
@@ -243,6 +247,15 @@ class NestingViommu(Protocol):
     """A vIOMMU that makes nested domains."""
 
     def alloc_domain_nested(self, flags: int, user_data: UserData) -> Domain: ...
+
+
+@runtime_checkable
+class VdeviceViommu(Protocol):
+    """A vIOMMU that has a say in which devices it takes."""
+
+    def vdevice_init(self, dev: Device, virt_id: int) -> None:
+        """vdevice_init(); the vDEVICE is not yet to be found."""
+        ...
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from iommufd_uapi.smmuv3 import Cd, Cmd, Config, Eats, EventId, S1Dss, Ste
@@ -231,6 +232,7 @@ def _planned(master: Master, ssid: int, plan: list[Write]) -> Effect:
     return effect(ste, cd, ssid)
 
 
+@functools.lru_cache(1024)
 def effect(ste_words: Words, cd_words: Words, ssid: int) -> Effect:
     """What a request meets with this STE and CD of the kernel's: the event, or the bits that count."""
     ste, cd = Ste.of(ste_words), Cd.of(cd_words)

@@ -16,7 +16,7 @@ from .smmuv3_ste import CD_FORMAT, STE_FORMAT, ZERO, Format, Words, cd_used, ste
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .smmuv3_domain import SmmuPaging
+    from .ops import IommuOps
     from .smmuv3_master import Master, Vmaster
     from .smmuv3_tables import Table
 
@@ -45,6 +45,29 @@ class Write(NamedTuple):
     at: int
     target: Words
     fmt: Format
+
+
+class TableDomain(Domain):
+    """struct arm_smmu_domain: a domain whose own table STEs and CDs name."""
+
+    def __init__(self, owner: IommuOps) -> None:
+        super().__init__(owner)
+        self.users: dict[User, Use] = {}
+        self.enforced = False  # enforce_cache_coherency
+
+    def flush_tag(self) -> None:
+        """arm_smmu_inv_flush_iotlb_tag(): nobody uses the ASID or VMID any more."""
+        raise NotImplementedError
+
+
+class NestedOn(Domain):
+    """What a nested domain offers: the domain whose table is below it, and its device as the guest knows it."""
+
+    parent: TableDomain
+
+    def vmaster(self, master: Master) -> Vmaster | None:
+        """arm_smmu_attach_prepare_vmaster(): ENOENT."""
+        raise NotImplementedError
 
 
 class Attach:
@@ -103,22 +126,11 @@ class Attach:
         leave(master, self.ssid, self.old)
 
 
-class NestedOn(Domain):
-    """What a nested domain offers: the paging domain below it, and its device as the guest knows it."""
-
-    parent: SmmuPaging
-
-    def vmaster(self, master: Master) -> Vmaster | None:
-        """arm_smmu_attach_prepare_vmaster(): ENOENT."""
-        raise NotImplementedError
-
-
-def paging_of(domain: Domain | None) -> SmmuPaging | None:
+def paging_of(domain: Domain | None) -> TableDomain | None:
     """to_smmu_domain_devices(): the domain whose table is used; none when blocked."""
     if isinstance(domain, NestedOn):
         return domain.parent
-    paging: SmmuPaging | None = domain if hasattr(domain, "users") else None  # type: ignore[assignment]
-    return paging
+    return domain if isinstance(domain, TableDomain) else None
 
 
 def leave(master: Master, ssid: int, old: Domain | None) -> None:

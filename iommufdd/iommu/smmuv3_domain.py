@@ -9,7 +9,7 @@ from iommufdd.errors import EBUSY, EINVAL, ENOSPC
 from iommufdd.user import PAGE_SIZE
 
 from .ops import IOMMU_NO_PASID, Device, Domain, DomainType
-from .smmuv3_attach import Attach, Use, User, remove_pasid
+from .smmuv3_attach import Attach, TableDomain, remove_pasid
 from .smmuv3_dirty import SmmuDirty
 from .smmuv3_hw import master_of, new_table
 from .smmuv3_regs import size_field
@@ -28,8 +28,8 @@ PAGES = {4: 1 << 12 | SZ_2M | SZ_1G, 16: 1 << 14 | 1 << 25, 64: 1 << 16 | 1 << 2
 TG = {12: Tg0.K4, 14: Tg0.K16, 16: Tg0.K64}
 
 
-class SmmuPaging(Domain):
-    """struct arm_smmu_domain; the table's bytes are not kept, its areas translate."""
+class SmmuPaging(TableDomain):
+    """A stage 1 or 2 of the kernel's; the table's bytes are not kept, its areas translate."""
 
     owner: SmmuV3
 
@@ -39,7 +39,6 @@ class SmmuPaging(Domain):
         d = owner.description
         self.stage = stage
         self.nest_parent = nest_parent
-        self.enforced = False  # enforce_cache_coherency
         granule = next(size for size in (4, 16, 64) if size in d.granules)
         limit = 52 if granule == 64 else 48
         self.granule = granule.bit_length() + 9
@@ -55,7 +54,6 @@ class SmmuPaging(Domain):
             self.vmid = owner.vmids.take(ENOSPC)
         self.dirty_bits = SmmuDirty(self) if dirty else None
         self.dirty_ops = self.dirty_bits
-        self.users: dict[User, Use] = {}
         owner.set_root(self.root, self)
 
     def free(self) -> None:

@@ -99,6 +99,7 @@ class SmmuNested(NestedOn):
 
     type = DomainType.NESTED
     owner: SmmuV3
+    parent: SmmuPaging
 
     def __init__(self, vsmmu: Vsmmu, vste: Ste) -> None:
         super().__init__(vsmmu.smmu)

@@ -15,7 +15,8 @@ from iommufdd.iommu.smmuv3_master import Master
 from iommufdd.objects import Holder
 from tests.core.harness import Client
 
-from .lab import GuestRam, Lab
+from .lab import Lab
+from .tables import Ram
 
 CDS = 0x10_0000  # guest physical address of the guest's CD table
 POOL = 0x11_0000  # and of its translation tables
@@ -98,7 +99,7 @@ class SmmuLab(Lab):
 class LpaeTable:
     """A writer of 4 KiB, four-level LPAE tables that shares nothing with the walkers."""
 
-    def __init__(self, ram: GuestRam, pool: int) -> None:
+    def __init__(self, ram: Ram, pool: int) -> None:
         self.ram = ram
         self._next = pool
         self.root = self.page()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from iommufd_uapi.smmuv3 import Cmd, Command, L1Cd, Op, Resume, S1Dss, S1Fmt, Tlbi
 from iommufdd.iommu.dma import Op as DmaOp
 from iommufdd.iommu.smmuv3_cmdq import STAGE2, TABLES, IllegalCommand
-from iommufdd.iommu.tlb import TlbEntry
+from iommufdd.iommu.tlb import Space, TlbEntry
 from iommufdd.iommu.walk import ALL
 
 from .smmu_lab import CDS, PAGE, Guest, SmmuLab, Watch, master
@@ -45,6 +46,13 @@ def expected(command: Tlbi, entry: Flat) -> bool:
     if op == Op.TLBI_NH_VAA:
         return touches(command, entry)
     return entry.asid == command.asid and (op == Op.TLBI_NH_ASID or touches(command, entry))
+
+
+def tagged(lab: SmmuLab) -> Iterator[tuple[int, int, Space]]:
+    """(VMID, ASID, translations)"""
+    for tag, space in lab.iommu.iotlb.spaces.items():
+        assert isinstance(tag, tuple)
+        yield tag[0], tag[1], space
 
 
 def touches(command: Tlbi, entry: Flat) -> bool:
@@ -90,7 +98,7 @@ def test_tlb_invalidations_against_a_flat_list(seed: int) -> None:
             del held[entry]
         there = {
             Flat(vmid, asid, entry.first, entry.last)
-            for (vmid, asid), space in lab.iommu.iotlb.spaces.items()  # type: ignore[misc]
+            for vmid, asid, space in tagged(lab)
             for entry in space.entries()
         }
         assert there == set(held)

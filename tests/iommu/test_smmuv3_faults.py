@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 import pytest
 
-from iommufd_uapi.smmuv3 import AtsEvent, Cd, Class, EventId, EventRecord, FaultEvent, FetchEvent, L1Cd, S1Dss, S1Fmt, Ste
+from iommufd_uapi.smmuv3 import (
+    AtsEvent,
+    Cd,
+    Class,
+    EventId,
+    EventRecord,
+    FaultEvent,
+    FetchEvent,
+    L1Cd,
+    S1Dss,
+    S1Fmt,
+    Ste,
+)
 from iommufdd.device import IommufdDevice
 from iommufdd.iommu.dma import Op
 from iommufdd.iommu.smmuv3_ste import WORDS
@@ -24,7 +36,8 @@ def refused(lab: SmmuLab, idev: IommufdDevice, access: int = READ, pasid: int | 
     """The code of a translation that must fail."""
     with pytest.raises(TranslationFault) as caught:
         master(idev).translate(pasid, va, access)
-    fresh = pytest.raises(TranslationFault, lab.iommu.walk_fresh, master(idev), pasid, va, access)
+    with pytest.raises(TranslationFault) as fresh:
+        lab.iommu.walk_fresh(master(idev), pasid, va, access)
     assert fresh.value.code == caught.value.code
     return caught.value.code
 
@@ -90,27 +103,28 @@ def test_an_ste_that_is_not_valid() -> None:
 
 # ---- context descriptors (5.4) ----
 
-BAD_CDS: list[Callable[[Cd], None]] = [
-    lambda cd: setattr(cd, "v", 0),
-    lambda cd: setattr(cd, "aa64", 0),
-    lambda cd: setattr(cd, "a", 0),  # TERM_MODEL
-    lambda cd: setattr(cd, "endi", 1),  # TTENDIAN
-    lambda cd: setattr(cd, "t0sz", 15),
-    lambda cd: setattr(cd, "t0sz", 40),
-    lambda cd: setattr(cd, "tg0", 3),
-    lambda cd: setattr(cd, "ips", 0) or setattr(cd, "ttb0", 1 << 32),
-    lambda cd: setattr(cd, "s", 1),  # S1STALLD
-    lambda cd: setattr(cd, "epd1", 0),  # with TG1 reserved
+BAD_CDS: list[dict[str, int]] = [
+    {"v": 0},
+    {"aa64": 0},
+    {"a": 0},  # TERM_MODEL
+    {"endi": 1},  # TTENDIAN
+    {"t0sz": 15},
+    {"t0sz": 40},
+    {"tg0": 3},
+    {"ips": 0, "ttb0": 1 << 32},
+    {"s": 1},  # S1STALLD
+    {"epd1": 0},  # with TG1 reserved
 ]
 
 
-@pytest.mark.parametrize("spoil", BAD_CDS)
-def test_context_descriptors(spoil: Callable[[Cd], None]) -> None:
+@pytest.mark.parametrize("fields", BAD_CDS)
+def test_context_descriptors(fields: dict[str, int]) -> None:
     lab = SmmuLab()
     idev = lab.device()
     guest = Guest(lab, idev)
     guest.table.map(VA, 0x5000)
-    spoil(guest.cd)
+    for name, value in fields.items():
+        setattr(guest.cd, name, value)
     guest.store_cd(guest.cd)
     guest.start()
     assert refused(lab, idev) == EventId.C_BAD_CD

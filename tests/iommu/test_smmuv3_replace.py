@@ -153,7 +153,8 @@ VERDICTS = [
     ("S1", "another S1", "window"), ("S1", "S2", "window"), ("S2", "S1", "window"), ("S2", "another S2", "window"),
     ("S1", "nested", "window"), ("nested", "S1", "window"), ("nested", "nested, another CD table", "hitless"),
     ("nested", "nested, another CD table and no ATS", "hitless"), ("nested", "nested, another S1DSS", "hitless"),
-    ("nested", "nested, both", "window"), ("nested", "nested bypass", "hitless"), ("nested bypass", "nested", "hitless"),
+    ("nested", "nested, both", "window"), ("nested", "nested bypass", "hitless"),
+    ("nested bypass", "nested", "hitless"),
     ("S1", "nested abort", "hitless"), ("nested abort", "nested", "hitless"), ("nested", "nested abort", "hitless"),
     ("nested abort", "S1", "hitless"), ("S2", "nested abort", "hitless"), ("nested", "another S2", "window"),
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
 import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.smmuv3 import Cmd, Command, Config, EventId, Op, S1Dss, Ste
 from iommufdd.errors import EBUSY, EINVAL, ENOENT, EOPNOTSUPP
+from iommufdd.hw_pagetable import HwPagetable
 from tests.core.harness import FAULT, NEST_PARENT, PASID
 
 from .smmu_lab import CDS, Guest, SmmuLab, Watch, master
@@ -35,7 +37,7 @@ def test_which_viommus_there_are() -> None:
 
 
 @pytest.mark.parametrize("capabilities", [{"stage1": False}, {"s2fwb": False}])
-def test_an_smmu_that_cannot_keep_a_guest_coherent_makes_none(capabilities: dict[str, object]) -> None:
+def test_an_smmu_that_cannot_keep_a_guest_coherent_makes_none(capabilities: dict[str, Any]) -> None:
     lab = SmmuLab(**capabilities)
     idev = lab.device()
     ioas, _ = lab.ram()
@@ -186,9 +188,10 @@ def test_a_second_stage_refuses_a_device_whose_pasids_are_in_use() -> None:
     lab.attach(idev, first, 3)
     objects = lab.c.ictx.objects
     for number in (parent, guest.hwpt()):
-        domain = objects.get(number).domain  # type: ignore[attr-defined]
+        hwpt = objects.get(number)
+        assert isinstance(hwpt, HwPagetable)
         with pytest.raises(EBUSY):
-            domain.attach_dev(dev, dev.group.domain)
+            hwpt.domain.attach_dev(dev, dev.group.domain)
 
 
 def test_pasids_need_a_cd_table_or_a_blocked_rid() -> None:

@@ -8,7 +8,9 @@ from the other end; `arm_level()` converts for people. SMMUv3 reports no levels,
     ACCESS_FLAG                            F_ACCESS
     USER, READ, WRITE, EXECUTE             F_PERMISSION
 
-A set EXEC is an instruction fetch: it needs no right to read unless READ is set too.
+EXEC is an instruction fetch: it needs no right to read unless READ is set too. Security states, memory attributes and
+nG are not looked at. Not walked, and not to be offered in ID registers: 52 bit addresses in 4 and 16 KiB tables (DS),
+small tables (STT), E0PD, EPAN, permission indirection, big-endian tables.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ class Rules:
     blocks: set[int] = field(init=False)
     compared: int = field(init=False)  # the address above `bits`, as far as it is looked at
     top: int = field(init=False)  # its right value
-    quick: tuple[tuple[int, int, int], ...] = field(init=False)  # what _four_levels() tests, by access; () if it may not
+    known: dict[int, int] = field(init=False)  # accesses that need no further walk, by RIGHTS of a page
+    quick: tuple[tuple[int, int, int], ...] = field(init=False)  # for _four_levels(), by access; () if not for it
 
     def __post_init__(self) -> None:
         self.bits = 64 - self.tsz
@@ -100,10 +103,11 @@ class Rules:
         self.address = (1 << 48) - (1 << self.granule)
         self.beyond = (1 << 52) - (1 << self.output)
         self.high = self.pa52 and self.granule == 16
-        self.hierarchy = 0 if self.had or self.stage == 2 else HIERARCHY
+        self.hierarchy = 0 if self.had else HIERARCHY  # stage 2 never looks at them
         self.blocks = BLOCKS[self.granule] | ({3} if self.high else set())
         self.compared = (1 << max((56 if self.tbi else 64) - self.bits, 0)) - 1
         self.top = self.compared if self.upper else 0
+        self.known = {}
         self.quick = ()
         if self.granule == 12 and self.bits == 48 and not (self.mode & ~_HD or self.haft or self.disabled):
             self.quick = tuple(_quick(access, self.beyond, self.hierarchy) for access in range(16))
@@ -147,7 +151,7 @@ def stage1(cd: Cd, oas: int) -> tuple[Rules, Rules]:
 
 
 def bad_stage1(cd: Cd, oas: int, *, granules: tuple[int, ...] = (12, 14, 16), va52: bool = False) -> bool:
-    """TxSZ, TGx or TTBx of a half in use is one that the walker cannot use: C_BAD_CD (IHI0070 5.4; no small tables)."""
+    """TxSZ, TGx or TTBx of a half in use is ILLEGAL: C_BAD_CD (IHI0070 5.4). The rest of the CD is for the model."""
     for tg, tsz, epd, ttb in (
         (_TG0.get(cd.tg0), cd.t0sz, cd.epd0, cd.ttb0),
         (_TG1.get(cd.tg1), cd.t1sz, cd.epd1, cd.ttb1),
@@ -178,7 +182,10 @@ def walk(
     entries agree is not looked at.
     """
     if rules.quick and start.level == 4 and ia >> rules.bits & rules.compared == rules.top:
-        found = _four_levels(fetch, start, rules, ia, access, steps)
+        try:
+            found = _four_levels(fetch, start, rules, ia, access, steps)
+        except TranslationFault:
+            found = None  # once more, step by step: the steps tell the fault's level
         if found is not None:
             return found
     _check_input(rules, ia)
@@ -216,34 +223,32 @@ def walk(
     return Leaf(ia & -size, out & -size, size, granted & ~WRITES if clean else granted)
 
 
-def _four_levels(
-    fetch: Fetch, start: Start, rules: Rules, ia: int, access: int, steps: list[RawStep]
-) -> Leaf | None:
+def _four_levels(fetch: Fetch, start: Start, rules: Rules, ia: int, access: int, steps: list[RawStep]) -> Leaf | None:
     """The commonest walk unrolled: from the root to a 4 KiB page that lets the access pass and needs no update."""
     ok, mask, needed = rules.quick[access]
-    try:
-        a0 = start.table | ia >> 36 & 0xFF8
-        e0 = fetch(a0)
-        a1 = e0 & 0xFFFF_FFFF_F000 | ia >> 27 & 0xFF8
-        if e0 & ok != 3:
-            return None
-        e1 = fetch(a1)
-        a2 = e1 & 0xFFFF_FFFF_F000 | ia >> 18 & 0xFF8
-        if e1 & ok != 3:
-            return None
-        e2 = fetch(a2)
-        a3 = e2 & 0xFFFF_FFFF_F000 | ia >> 9 & 0xFF8
-        if e2 & ok != 3:
-            return None
-        e3 = fetch(a3)
-    except TranslationFault:
-        return None  # once more, step by step
+    a0 = start.table | ia >> 36 & 0xFF8
+    e0 = fetch(a0)
+    a1 = e0 & 0xFFFF_FFFF_F000 | ia >> 27 & 0xFF8
+    if e0 & ok != 3:
+        return None
+    e1 = fetch(a1)
+    a2 = e1 & 0xFFFF_FFFF_F000 | ia >> 18 & 0xFF8
+    if e1 & ok != 3:
+        return None
+    e2 = fetch(a2)
+    a3 = e2 & 0xFFFF_FFFF_F000 | ia >> 9 & 0xFF8
+    if e2 & ok != 3:
+        return None
+    e3 = fetch(a3)
     if e3 & mask != needed:
         return None
     stage = rules.stage
     steps += (stage, 4, a0, e0), (stage, 3, a1, e1), (stage, 2, a2, e2), (stage, 1, a3, e3)
-    granted, clean = _rights(e3 & RIGHTS, rules.mode)
-    return _new(Leaf, (ia & -4096, e3 & 0xFFFF_FFFF_F000, 4096, granted & ~WRITES if clean else granted))
+    allowed = rules.known.get(e3 & RIGHTS)
+    if allowed is None:
+        granted, clean = _rights(e3 & RIGHTS, rules.mode)
+        allowed = rules.known[e3 & RIGHTS] = granted & ~WRITES if clean else granted
+    return _new(Leaf, (ia & -4096, e3 & 0xFFFF_FFFF_F000, 4096, allowed))
 
 
 @functools.cache

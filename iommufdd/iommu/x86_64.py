@@ -81,7 +81,10 @@ def walk(
     table, level, rights = start
     mask, needed = _needed(access, rules.write_protect, rules.haw)
     if level == rules.levels == 4 and update is None and not iova >> 47:
-        found = _four_levels(fetch, table, rules, iova, mask, needed, steps)
+        try:
+            found = _four_levels(fetch, table, rules, iova, mask, needed, steps)
+        except TranslationFault:
+            found = None  # once more, step by step: the steps tell the fault's level
         if found is not None:
             return found
     if not canonical(iova, rules.levels):

@@ -390,4 +390,4 @@ class Idr5(Bitfield):
     stall_max: Annotated[int, bits(0, 31, 16)] = 0
 
 
-IDRS = (Idr0, Idr1, Idr2, Idr3, Idr4, Idr5)  #: in the order of iommu_hw_info_arm_smmuv3.idr
+IDRS: tuple[type[Bitfield], ...] = (Idr0, Idr1, Idr2, Idr3, Idr4, Idr5)  #: in the order of iommu_hw_info_arm_smmuv3.idr

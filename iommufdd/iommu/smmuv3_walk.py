@@ -138,11 +138,9 @@ class Stage2:
         return _entry(page.view, page.file, page.pos + ipa - page.first, ipa)
 
     def update(self, ipa: int, old: int, new: int) -> None:
-        """Store a descriptor with other flags, if nobody has changed it meanwhile. TranslationFault."""
+        """Store a descriptor with other flags. TranslationFault."""
         page = self.page(ipa, READ | WRITE, During.UPDATE)
         pos = page.pos + ipa - page.first
-        if _entry(page.view, page.file, pos, ipa) != old:
-            return
         if page.view is not None:
             _entry_at.pack_into(page.view, pos, new)
         else:
@@ -232,7 +230,13 @@ class Walk:
         steps = self._steps
         stage2 = self._stage2
         update = stage2.update if self._cached else None
-        leaf = lpae.walk(stage2.fetch, update, start, rules, iova, access, steps)
+        try:
+            leaf = lpae.walk(stage2.fetch, update, start, rules, iova, access, steps)
+        except TranslationFault as fault:
+            if fault.during is not During.ACCESS or fault.why is Why.UNREADABLE:  # a descriptor was not to be had
+                fault.level = max(start.level - len(steps), 1)
+            steps[:0] = before
+            raise
         if self._cached:
             self._keep(rules, start, before, iova)
         steps[:0] = before

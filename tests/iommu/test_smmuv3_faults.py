@@ -20,9 +20,10 @@ from iommufd_uapi.smmuv3 import (
     Ste,
 )
 from iommufdd.device import IommufdDevice
-from iommufdd.iommu.dma import Op
+from iommufdd.iommu.dma import Op, State
+from iommufdd.iommu.smmuv3_regs import record as report
 from iommufdd.iommu.smmuv3_ste import WORDS
-from iommufdd.iommu.walk import EXEC, PRIV, READ, WRITE, TranslationFault
+from iommufdd.iommu.walk import EXEC, PRIV, READ, WRITE, TranslationFault, Why
 
 from .smmu_lab import CDS, PAGE, POOL, Guest, SmmuLab, master
 
@@ -327,3 +328,22 @@ def test_cds_of_the_kernel_are_bytes() -> None:
     cd = Cd.of(table.read(0))
     assert (cd.v, cd.asid, cd.t0sz, cd.epd1) == (1, 1, 16, 1)
     assert WORDS.pack(*table.read(1)) == bytes(64)
+
+
+def test_a_guest_that_lets_a_device_stall_which_cannot() -> None:
+    """quirk: the driver never sends the RESUME that the transaction waits for (arm_smmu_page_response)."""
+    lab = SmmuLab()
+    idev = lab.device()
+    guest = Guest(lab, idev, s=1)
+    guest.start()
+    dma = lab.dma(idev, Op.READ, VA)
+    assert dma.run() is State.PARKED
+    assert not master(idev).iopf.responses
+    master(idev).time_out(dma)
+    assert dma.state is State.FAILED
+
+
+def test_no_write_is_an_instruction() -> None:
+    why = TranslationFault(Why.WRITE, stage=1, level=1, addr=VA)
+    why.code = EventId.F_PERMISSION
+    assert report(why, 1, None, VA, WRITE | EXEC) == FaultEvent(id=EventId.F_PERMISSION, sid=1, class_=2, addr=VA)

@@ -8,8 +8,9 @@ import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.smmuv3 import Cmd, Config, EventId, Ste
 from iommufdd.iommu.dma import Op
 from iommufdd.iommu.smmuv3_regs import idr
-from iommufdd.iommu.walk import READ, WRITE
-from tests.core.harness import DIRTY
+from iommufdd.iommu.tlb import TlbEntry
+from iommufdd.iommu.walk import ALL, READ, WRITE, TranslationFault
+from tests.core.harness import DIRTY, PASID
 
 from .smmu_lab import PAGE, Guest, SmmuLab, Watch, master
 
@@ -91,6 +92,18 @@ def test_dirty_pages_of_a_paging_domain() -> None:
     lab.c.unmap(ioas, 0, 16 * 4096)
     lab.c.map(ioas, lab.c.process.map(ram.file), 16 * 4096, 0)
     assert bitmap(lab, hwpt, 0, 16) == list(range(16))
+
+
+def test_a_read_does_not_allow_later_writes_to_go_unseen() -> None:
+    lab = SmmuLab()
+    idev = lab.device()
+    ioas, _ = lab.ram(16)
+    hwpt = lab.c.hwpt(idev.id, ioas, DIRTY)
+    lab.attach(idev, hwpt)
+    lab.c.ioctl(uapi.HwptSetDirtyTracking(flags=1, hwpt_id=hwpt))
+    lab.read(idev, 0x3000)
+    lab.write(idev, 0x3000, b"seen")
+    assert bitmap(lab, hwpt, 0, 16) == [3]
 
 
 def test_writes_through_a_translation_that_is_cached_as_dirty_are_missed() -> None:
@@ -229,3 +242,55 @@ def test_unmapping_by_ranges_and_without() -> None:
         space = lab.iommu.iotlb.space((0, 1))
         assert space.lookup(0x10_0000) is None
         assert (space.lookup(0x4000_0000) is None) == (size == 512 * 4096)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_table_that_stage_2_does_not_show_is_told_by_its_level(level: int) -> None:
+    lab = SmmuLab()
+    idev = lab.device()
+    guest = Guest(lab, idev)
+    guest.start()
+    guest.table.map(VA, 0x5000)
+    lab.read(idev, VA)  # so that the walk cache has what leads there
+    other = VA + (1 << 39 - 9 * level)
+    guest.table.set(guest.table.slot(other, level), 0x4000_0000 | 3)
+    for walk in (lab.iommu.walk_fresh, lab.iommu.translate):
+        with pytest.raises(TranslationFault) as caught:
+            walk(master(idev), None, other, READ)
+        fault = caught.value
+        assert (fault.stage, fault.level, fault.code) == (2, 3 - level, EventId.F_TRANSLATION)
+        assert [step.level for step in fault.steps] == list(range(4, 3 - level, -1))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_the_ranges_of_a_flush_cover_it_and_no_more(ranges: bool) -> None:
+    lab = SmmuLab(range_invalidation=ranges)
+    idev = lab.device()
+    ioas, _ = lab.ram()
+    lab.attach(idev, ioas)
+    domain = master(idev).group.domain
+    file = lab.c.world.memfd(1)
+    space = lab.iommu.iotlb.space((0, 1))
+    for first, count in ((7, 1), (8, 5), (1, 70), (3, 64), (0, 33), (2, 500), (100, 511)):
+        for page in range(700):
+            space.insert(TlbEntry(page * 4096, page * 4096 + 4095, file, 0, ALL, ipa=0))
+        domain.unmapped(first * 4096, (first + count) * 4096 - 1)
+        gone = set(range(700)) - {entry.first >> 12 for entry in space.entries()}
+        assert gone == set(range(first, first + count))
+
+
+def test_a_pasid_that_is_replaced_leaves_the_others_in_the_device_tlb() -> None:
+    lab = SmmuLab()
+    idev = lab.device(ats=True, pasids=4)
+    hwpts = [lab.c.hwpt(idev.id, lab.ram()[0], PASID) for _ in range(3)]
+    lab.attach(idev, hwpts[0])
+    lab.attach(idev, hwpts[1], 3)
+    atc = master(idev).tlb
+    assert atc is not None
+    for pasid in (None, 3):
+        lab.read(idev, 0x1000, pasid=pasid)
+    lab.replace(idev, hwpts[2], 3)
+    assert (len(list(atc.space(None).entries())), len(list(atc.space(3).entries()))) == (1, 0)
+    lab.read(idev, 0x1000, pasid=3)
+    lab.detach(idev, 3)
+    assert (len(list(atc.space(None).entries())), len(list(atc.space(3).entries()))) == (1, 0)

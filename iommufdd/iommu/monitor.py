@@ -38,7 +38,8 @@ class Invalidation:
 
     def __str__(self) -> str:
         where = f" {self.first:#x}..{self.last:#x}" if self.granularity == "page" else ""
-        return f"{self.cache} invalidation, {self.granularity} {self.tag}{where}" + (" leaf" if self.leaf else "")
+        command = f" ({self.command})" if self.command else ""
+        return f"{self.cache} invalidation{command}, {self.granularity} {self.tag}{where}" + (" leaf" if self.leaf else "")
 
 
 class Monitor:

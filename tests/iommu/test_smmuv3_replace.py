@@ -107,6 +107,7 @@ DIFFERENCES = [
     (cdtable(S1Dss.SSID0, nested=True), cdtable(S1Dss.TERMINATE, nested=True), [1]),
     (cdtable(S1Dss.SSID0, nested=True), cdtable(S1Dss.TERMINATE, 0x1000, nested=True), [0, 1]),
     (cdtable(S1Dss.SSID0, nested=True), cdtable(S1Dss.SSID0, 0x1000, ats=False, nested=True), [0]),
+    (stage2(ats=False), stage2(), []), (stage2(ats=False, stall=True), stage2(stall=True), [1]),
     (stage2(vmid=1), PARENT_B, [2, 3]), (S1, stage2(vmid=1), [0, 2]), (S1, S2, [0]),
 ]  # fmt: skip
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.smmuv3 import Cmd, Config, EventId, Ste
+from iommufdd.errors import EINVAL
 from iommufdd.iommu.dma import Op
+from iommufdd.iommu.smmuv3_master import Master
 from iommufdd.iommu.smmuv3_regs import idr
 from iommufdd.iommu.tlb import TlbEntry
 from iommufdd.iommu.walk import ALL, READ, WRITE, TranslationFault
@@ -294,3 +298,61 @@ def test_a_pasid_that_is_replaced_leaves_the_others_in_the_device_tlb() -> None:
     lab.read(idev, 0x1000, pasid=3)
     lab.detach(idev, 3)
     assert (len(list(atc.space(None).entries())), len(list(atc.space(3).entries()))) == (1, 0)
+
+
+def test_ats_of_pasids_while_the_rid_is_blocked() -> None:
+    lab = SmmuLab()
+    idev = lab.device(ats=True, pasids=4)
+    dev = master(idev)
+    ioas, ram = lab.ram()
+    hwpt = lab.c.hwpt(idev.id, ioas, PASID)
+    for pasid in (2, 3):
+        lab.attach(idev, hwpt, pasid)
+    assert dev.ats_enabled
+    ste = Ste.of(lab.iommu.stream_table.read(dev.sid))
+    assert (ste.eats, ste.s1dss, dev.used_ssids) == (1, 0, 2)
+    lab.write(idev, 0x1000, b"pasid", pasid=2)
+    assert ram.read(0x1000, 5) == b"pasid"
+    lab.detach(idev, 2)
+    assert lab.read(idev, 0x1000, 5, pasid=3) == b"pasid"
+    assert lab.fault(idev, 0x1000, pasid=2) == EventId.C_BAD_CD
+    lab.detach(idev, 3)
+    assert (dev.ats_enabled, dev.used_ssids) == (False, 0)
+
+
+def test_random_attachments_leave_nothing_behind() -> None:
+    """Whatever is attached to RID and PASIDs, in any order: what is counted is what is there."""
+    rng = random.Random(3)
+    lab = SmmuLab()
+    idev = lab.device(ats=True, pasids=4)
+    dev = master(idev)
+    guest = Guest(lab, idev, eats=1)
+    hwpts = [lab.c.hwpt(idev.id, lab.ram()[0], PASID) for _ in range(3)]
+    places = [*hwpts, guest.parent, guest.hwpt(), guest.hwpt(Ste.bypass()), guest.hwpt(Ste.abort())]
+    attached: dict[int, int] = {}
+    for _ in range(400):
+        pasid = rng.choice((0, 0, 1, 2, 3))
+        pt = rng.choice(places if pasid == 0 else hwpts)
+        try:
+            if rng.randrange(3) == 0:
+                lab.detach(idev, pasid)
+                attached.pop(pasid, None)
+            else:
+                (lab.replace if pasid in attached else lab.attach)(idev, pt, pasid)
+                attached[pasid] = pt
+        except EINVAL:
+            continue
+        assert dev.used_ssids == len(attached.keys() - {0})
+        assert dev.ats_enabled == _translates(lab, dev)
+        users = sum(len(domain.users) for domain in lab.iommu._roots.values())
+        assert users == len(attached)
+    for pasid in sorted(attached, reverse=True):
+        lab.detach(idev, pasid)
+    assert not any(domain.users for domain in lab.iommu._roots.values())
+    assert Ste.of(lab.iommu.stream_table.read(dev.sid)) == Ste.abort()
+    assert not dev.ats_enabled
+
+
+def _translates(lab: SmmuLab, dev: Master) -> bool:
+    """The STE allows ATS."""
+    return Ste.of(lab.iommu.stream_table.read(dev.sid)).eats == 1

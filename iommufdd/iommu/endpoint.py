@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from iommufdd.errors import EINVAL
 
-from .dma import DONE, PARKED, Dma, DmaQueue
+from .dma import DONE, PARKED, RUNNING, Dma, DmaQueue
 from .group import IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
 from .ops import IOMMU_NO_PASID, Device, IommuOps, ResvRegion
 from .tlb import Tlb, TlbEntry
@@ -89,6 +89,14 @@ class Endpoint(Device):
 
     def resv_regions(self) -> Iterable[ResvRegion]:
         return [ResvRegion(region.start, region.last, region.kind) for region in self.iommu.reserved]
+
+    def reset(self) -> None:
+        """A function level reset (PCIe 6.6.2): the device TLB is empty, and transfers under way are given up."""
+        if self.tlb is not None:
+            self.tlb.drop_spaces(lambda _: True)
+        for dma in (*self.queue.running, *self._waiting.values()):
+            if dma.state in (RUNNING, PARKED):
+                dma.fail("the function was reset")
 
     # ---- translation ----
 

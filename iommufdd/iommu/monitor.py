@@ -39,7 +39,8 @@ class Invalidation:
     def __str__(self) -> str:
         where = f" {self.first:#x}..{self.last:#x}" if self.granularity == "page" else ""
         command = f" ({self.command})" if self.command else ""
-        return f"{self.cache} invalidation{command}, {self.granularity} {self.tag}{where}" + (" leaf" if self.leaf else "")
+        leaf = " leaf" if self.leaf else ""
+        return f"{self.cache} invalidation{command}, {self.granularity} {self.tag}{where}{leaf}"
 
 
 class Monitor:

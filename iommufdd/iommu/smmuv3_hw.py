@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from iommufd_uapi.smmuv3 import Cd, Eats, EventId, L1Cd, S1Dss, S1Fmt, Ste
 
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from .tlb import TlbEntry
 
 EVENTS_KEPT = 256
+DECODED_KEPT = 4096
 LEAF_CDS: dict[int, int] = {S1Fmt.L2_4K: 64, S1Fmt.L2_64K: 1024}
 GRANULES = {4: 12, 16: 14, 64: 16}
+K = TypeVar("K")
+V = TypeVar("V")
 _numbers = itertools.count(0x4000)  # of 64 KiB blocks for the kernel's own tables, seen in STEs and CDs
 
 
@@ -57,6 +60,13 @@ def master_of(dev: Endpoint) -> Master:
     """What the driver keeps of a device: the device itself."""
     master: Master = dev  # type: ignore[assignment]
     return master
+
+
+def _remember(known: dict[K, V], key: K, value: V) -> None:
+    """Keep what bytes mean; a guest decides how many different ones there are."""
+    if len(known) >= DECODED_KEPT:
+        known.clear()
+    known[key] = value
 
 
 def new_table() -> int:
@@ -168,7 +178,8 @@ class SmmuV3Hardware(CommandQueue):
         words = self.stream_table.read(dev.sid)
         known = self._streams.get(words)
         if known is None:
-            known = self._streams[words] = Stream(words, self._ste(words))
+            known = Stream(words, self._ste(words))
+            _remember(self._streams, words, known)
         return known
 
     def _ste(self, words: Words) -> Ste:
@@ -266,7 +277,7 @@ class SmmuV3Hardware(CommandQueue):
         tables = self.iotlb.space((ste.s2vmid, TABLES))
         context = Context(ste, cd, ssid, domain, space, tables, self.description.oas)
         if cd is not None:
-            self._decoded[stream.words, words, ssid] = context
+            _remember(self._decoded, (stream.words, words, ssid), context)
         return context
 
     # ---- events ----

@@ -16,7 +16,7 @@ from iommufdd.objects import Holder
 from tests.core.harness import Client
 
 from .lab import Lab
-from .tables import Ram
+from .tables import Table
 
 CDS = 0x10_0000  # guest physical address of the guest's CD table
 POOL = 0x11_0000  # and of its translation tables
@@ -96,24 +96,8 @@ class SmmuLab(Lab):
         return [event.record for event in self.iommu.events]
 
 
-class LpaeTable:
+class LpaeTable(Table):
     """A writer of 4 KiB, four-level LPAE tables that shares nothing with the walkers."""
-
-    def __init__(self, ram: Ram, pool: int) -> None:
-        self.ram = ram
-        self._next = pool
-        self.root = self.page()
-
-    def page(self) -> int:
-        page, self._next = self._next, self._next + 4096
-        self.ram.write(page, bytes(4096))
-        return page
-
-    def get(self, addr: int) -> int:
-        return int.from_bytes(self.ram.read(addr, 8), "little")
-
-    def set(self, addr: int, entry: int) -> None:
-        self.ram.write(addr, entry.to_bytes(8, "little"))
 
     def slot(self, va: int, level: int = 3) -> int:
         """Where ARM's level keeps the descriptor of va; tables above are made."""

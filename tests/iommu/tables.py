@@ -1,4 +1,4 @@
-"""A writer of VT-d's structures that shares nothing with the walkers: a guest's page tables, PASID-table entries."""
+"""Writers that share nothing with the walkers: a guest's page tables, and VT-d's PASID-table entries."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ class Ram(Protocol):
     def write(self, addr: int, data: bytes) -> None: ...
 
 
-class X86Table:
-    """A first-stage table of `levels` levels whose pages are taken from guest memory, from `pool` on."""
+class Table:
+    """Tables of 512 entries whose pages are taken from guest memory, from `pool` on."""
 
-    def __init__(self, ram: Ram, pool: int, levels: int = 4) -> None:
+    def __init__(self, ram: Ram, pool: int) -> None:
         self.ram = ram
-        self.levels = levels
         self._next = pool
         self.root = self.page()
 
@@ -37,6 +36,14 @@ class X86Table:
     def set(self, addr: int, entry: int) -> None:
         """Store an entry."""
         self.ram.write(addr, entry.to_bytes(8, "little"))
+
+
+class X86Table(Table):
+    """A first-stage table of `levels` levels."""
+
+    def __init__(self, ram: Ram, pool: int, levels: int = 4) -> None:
+        super().__init__(ram, pool)
+        self.levels = levels
 
     def slot(self, iova: int, level: int, *, make: str = "rwu") -> int:
         """Where the entry of this level for iova lies; tables above it are made with the rights `make`."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 
@@ -13,13 +10,15 @@ from iommufd_uapi.smmuv3 import Cd, Config, Eats, EventId, S1Dss, S1Fmt, Shcfg, 
 from iommufdd.device import IommufdDevice
 from iommufdd.errors import ENOENT
 from iommufdd.iommu import smmuv3_attach
-from iommufdd.iommu.dma import Dma, Op, State
+from iommufdd.iommu.dma import Op, State
 from iommufdd.iommu.smmuv3_master import Master
 from iommufdd.iommu.smmuv3_ste import CD_FORMAT, STE_FORMAT, ZERO, Format, Words, difference, update
 from iommufdd.user import PAGE_SIZE
 from tests.core.harness import FAULT, NEST_PARENT, PASID
 
+from . import traffic
 from .smmu_lab import CDS, POOL, Guest, LpaeTable, SmmuLab, Watch, master
+from .traffic import IOVA, MODES, PAGES, REPLACES, SEEDS, Target, pasid_of
 
 # ---- the driver's own unit tests (arm-smmu-v3-test.c): how often it invalidates, and whether V is ever 0 ----
 
@@ -211,18 +210,6 @@ def test_what_dma_meets_in_the_window() -> None:
 
 # ---- under traffic ----
 
-IOVA = 0x40_0000
-PAGES = 8
-SEEDS = range(10)
-
-
-class Target(NamedTuple):
-    """Something to attach to: every page it shows begins with its own number."""
-
-    pt: int
-    mark: int
-
-
 def targets(lab: SmmuLab, idev: IommufdDevice, *, pasid: bool) -> list[Target]:
     """Two IOAS, two second stages and two first stages of a guest, all of them showing [IOVA, IOVA + PAGES)."""
     found: list[Target] = []
@@ -245,59 +232,15 @@ def targets(lab: SmmuLab, idev: IommufdDevice, *, pasid: bool) -> list[Target]:
     return found
 
 
-class Traffic:
-    """Bursts that straddle replaces: before each store, between any two and after, a burst takes some steps."""
-
-    def __init__(self, lab: SmmuLab, idev: IommufdDevice, seed: int, pasid: int | None) -> None:
-        self.lab = lab
-        self.idev = idev
-        self.pasid = pasid
-        self.random = random.Random(seed)
-        self.burst: Dma | None = None
-        self.allowed: set[int] = set()
-        self.seen: Counter[str] = Counter()
-
-    def some(self) -> None:
-        for _ in range(self.random.randrange(3)):
-            if self.burst is None:
-                self.burst = self.lab.dma(self.idev, Op.READ, IOVA, PAGES * PAGE_SIZE, pasid=self.pasid)
-            before = self.burst.done
-            state = self.burst.step()
-            assert state is not State.FAILED, self.burst.error
-            for at in range(-(-before // PAGE_SIZE) * PAGE_SIZE, self.burst.done, PAGE_SIZE):
-                assert self.burst.data[at] in self.allowed
-                self.seen["page"] += 1
-            if state is State.DONE:
-                self.burst = None
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bursts_that_straddle_replaces_see_old_or_new_and_never_fail(seed: int) -> None:
-    straddle(seed, 1_000)
+    straddle(seed, REPLACES)
 
 
 def straddle(seed: int, replaces: int) -> None:
-    """Replace so often, with bursts in between."""
-    lab = SmmuLab(mode=("faithful", "greedy", "off")[seed % 3])
+    lab = SmmuLab(mode=MODES[seed % 3])
     idev = lab.device(ats=bool(seed % 2), pasids=10)
-    pasid = 5 if seed % 4 == 3 else None
-    places = targets(lab, idev, pasid=pasid is not None)
-    traffic = Traffic(lab, idev, seed, pasid)
-    now = places[0]
-    traffic.allowed = {now.mark}
-    if pasid is not None:
-        lab.attach(idev, places[0].pt)
-    lab.attach(idev, now.pt, pasid or 0)
-    lab.iommu.stored = lambda dev, number: traffic.some()
-    for _ in range(replaces):
-        new = traffic.random.choice(places)
-        traffic.some()
-        traffic.allowed = {now.mark, new.mark}
-        lab.replace(idev, new.pt, pasid or 0)
-        now = new
-        traffic.allowed = {now.mark}  # once replace has returned nothing shows the old one
-        traffic.some()
-    assert traffic.seen["page"] > replaces
+    traffic.straddle(lab, idev, targets(lab, idev, pasid=pasid_of(seed) is not None), seed, replaces)
     assert not lab.iommu.events
 
 

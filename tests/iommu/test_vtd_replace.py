@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from typing import NamedTuple
-
 import pytest
 
 import iommufd_uapi.iommufd as uapi
 from iommufdd.device import IommufdDevice
 from iommufdd.errors import EINVAL
-from iommufdd.iommu.dma import Dma, Op, State
+from iommufdd.iommu.dma import Op, State
 from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.iommu.monitor import Monitor
 from iommufdd.iommu.replace import Switch
@@ -20,21 +16,12 @@ from iommufdd.iommu.vtd_regs import Reason
 from iommufdd.user import PAGE_SIZE
 from tests.core.harness import FAULT, PASID
 
+from . import traffic
 from .lab import Lab, endpoint
 from .tables import X86Table
+from .traffic import IOVA, MODES, PAGES, REPLACES, SEEDS, Target, pasid_of
 
-IOVA = 0x40_0000
-PAGES = 8
-SEEDS = range(10)
 Words = tuple[int, ...]
-REPLACES = 1_000  # of each seed: 10,000 in all
-
-
-class Target(NamedTuple):
-    """Something to attach to: every page it shows begins with its own number."""
-
-    pt: int
-    mark: int
 
 
 def targets(lab: Lab, idev: IommufdDevice, *, pasid: bool = False) -> list[Target]:
@@ -59,61 +46,15 @@ def targets(lab: Lab, idev: IommufdDevice, *, pasid: bool = False) -> list[Targe
     return found
 
 
-class Traffic(Monitor):
-    """Bursts that straddle replaces: before each store, between any two and after, a burst takes some steps."""
-
-    def __init__(self, lab: Lab, idev: IommufdDevice, seed: int, pasid: int | None) -> None:
-        self.lab = lab
-        self.idev = idev
-        self.pasid = pasid
-        self.random = random.Random(seed)
-        self.burst: Dma | None = None
-        self.allowed: set[int] = set()  # marks that a page may show now
-        self.seen: Counter[str] = Counter()
-
-    def some(self) -> None:
-        """A few steps of the burst under way."""
-        for _ in range(self.random.randrange(3)):
-            if self.burst is None:
-                self.burst = self.lab.dma(self.idev, Op.READ, IOVA, PAGES * PAGE_SIZE, pasid=self.pasid)
-            before = self.burst.done
-            state = self.burst.step()
-            assert state is not State.FAILED, self.burst.error
-            for at in range(before, self.burst.done):
-                if at % PAGE_SIZE == 0:
-                    assert self.burst.data[at] in self.allowed
-                    self.seen["page"] += 1
-            if state is State.DONE:
-                self.burst = None
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bursts_that_straddle_replaces_see_old_or_new_and_never_fail(seed: int) -> None:
     straddle(seed, REPLACES)
 
 
 def straddle(seed: int, replaces: int) -> None:
-    """Replace so often, with bursts in between."""
-    lab = Lab(mode=("faithful", "greedy", "off")[seed % 3])
+    lab = Lab(mode=MODES[seed % 3])
     idev = lab.device(ats=bool(seed % 2), pasids=10)
-    pasid = 5 if seed % 4 == 3 else None
-    places = targets(lab, idev, pasid=pasid is not None)
-    traffic = Traffic(lab, idev, seed, pasid)
-    now = places[0]
-    traffic.allowed = {now.mark}
-    if pasid is not None:
-        lab.attach(idev, places[0].pt)
-    lab.attach(idev, now.pt, pasid or 0)
-    lab.iommu.stored = lambda dev, number: traffic.some()
-    for _ in range(replaces):
-        new = traffic.random.choice(places)
-        traffic.some()
-        traffic.allowed = {now.mark, new.mark}
-        lab.replace(idev, new.pt, pasid or 0)
-        now = new
-        traffic.allowed = {now.mark}  # once replace has returned nothing shows the old one
-        traffic.some()
-    assert traffic.seen["page"] > replaces
+    traffic.straddle(lab, idev, targets(lab, idev, pasid=pasid_of(seed) is not None), seed, replaces)
     assert not lab.iommu.faults
 
 

@@ -1,17 +1,12 @@
 // behave: one process habit per name, as real programs have them, on /dev/iommu. Prints "ok" and exits 0, or says
 // what was wrong and exits 1. Built static and dynamic by the tests; no header of iommufd is needed.
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -21,20 +16,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define IOAS_ALLOC 0x3b81
-#define DESTROY 0x3b80
+#include "check.h"
+
 #define IOAS_MAP 0x3b85
 #define FAULT_ALLOC 0x3b8e
 #define TEST 0x3ba0
-
-#define CHECK(x)                                                                       \
-	do {                                                                           \
-		if (!(x)) {                                                            \
-			printf("line %d: %s (errno %d)\n", __LINE__, #x, errno);       \
-			fflush(stdout);                                                \
-			exit(1);                                                       \
-		}                                                                      \
-	} while (0)
 
 extern char **environ;
 static char *self;
@@ -44,19 +30,6 @@ static int device(void)
 	int fd = open("/dev/iommu", O_RDWR);
 	CHECK(fd >= 0);
 	return fd;
-}
-
-static uint32_t alloc(int fd)
-{
-	uint32_t cmd[3] = { sizeof(cmd), 0, 0 };
-	CHECK(ioctl(fd, IOAS_ALLOC, cmd) == 0);
-	return cmd[2];
-}
-
-static int destroy(int fd, uint32_t id)
-{
-	uint32_t cmd[2] = { sizeof(cmd), id };
-	return ioctl(fd, DESTROY, cmd);
 }
 
 static void wait_ok(pid_t pid)
@@ -78,8 +51,8 @@ static void *thread(void *arg)
 	uint32_t *mine = arg;
 	int own = device();
 	for (int i = 0; i < EACH; i++) {
-		mine[i] = alloc(shared_fd);
-		CHECK(alloc(own) == (uint32_t)i + 1);
+		mine[i] = ioas_alloc(shared_fd);
+		CHECK(ioas_alloc(own) == (uint32_t)i + 1);
 	}
 	CHECK(close(own) == 0);
 	return NULL;
@@ -108,20 +81,20 @@ static void threads(void)
 static void forks(void)
 {
 	int fd = device();
-	CHECK(alloc(fd) == 1);
+	CHECK(ioas_alloc(fd) == 1);
 	pid_t pid = fork();
 	if (!pid) {
-		CHECK(alloc(fd) == 2);
+		CHECK(ioas_alloc(fd) == 2);
 		_exit(0);
 	}
 	wait_ok(pid);
-	CHECK(alloc(fd) == 3);
+	CHECK(ioas_alloc(fd) == 3);
 	for (int i = 0; i < 20; i++) { // grandchildren, each with an address space of its own
 		pid = fork();
 		if (!pid) {
 			pid_t inner = fork();
 			if (!inner) {
-				CHECK(alloc(fd) == (uint32_t)(4 + i));
+				CHECK(ioas_alloc(fd) == (uint32_t)(4 + i));
 				_exit(0);
 			}
 			wait_ok(inner);
@@ -135,16 +108,16 @@ static void execs(void)
 {
 	char number[16];
 	int fd = device();
-	CHECK(alloc(fd) == 1);
+	CHECK(ioas_alloc(fd) == 1);
 	snprintf(number, sizeof(number), "%d", fd);
 	pid_t pid = fork();
 	if (!pid) {
-		alloc(fd); // so that the daemon knows us before the exec
+		ioas_alloc(fd); // so that the daemon knows us before the exec
 		execl(self, self, "use", number, "3", NULL);
 		_exit(99);
 	}
 	wait_ok(pid);
-	CHECK(alloc(fd) == 4);
+	CHECK(ioas_alloc(fd) == 4);
 	pid = vfork();
 	if (!pid) {
 		execl(self, self, "use", number, "5", NULL);
@@ -158,7 +131,7 @@ static void execs(void)
 	posix_spawn_file_actions_addopen(&actions, 7, "/dev/iommu", O_RDWR, 0);
 	CHECK(posix_spawn(&pid, self, &actions, NULL, argv, environ) == 0);
 	wait_ok(pid);
-	CHECK(alloc(fd) == 6);
+	CHECK(ioas_alloc(fd) == 6);
 	execl(self, self, "use", number, "7", NULL);
 	_exit(99);
 }
@@ -175,7 +148,7 @@ static void cloexec(void)
 
 static void use(int fd, uint32_t expected)
 {
-	CHECK(alloc(fd) == expected);
+	CHECK(ioas_alloc(fd) == expected);
 }
 
 static void badf(int fd)
@@ -189,12 +162,12 @@ static void badf(int fd)
 static void dups(void)
 {
 	int fd = device();
-	CHECK(alloc(fd) == 1);
+	CHECK(ioas_alloc(fd) == 1);
 	int a = dup(fd), b = fcntl(fd, F_DUPFD_CLOEXEC, 0), c = fcntl(fd, F_DUPFD, 950), d = dup2(fd, 50);
 	CHECK(a >= 0 && a != fd && b >= 0 && c >= 950 && d == 50);
 	CHECK(fcntl(a, F_GETFD) == 0 && fcntl(b, F_GETFD) == FD_CLOEXEC && fcntl(c, F_GETFD) == 0);
 	CHECK(close(fd) == 0);
-	CHECK(alloc(a) == 2 && alloc(b) == 3 && alloc(c) == 4 && alloc(d) == 5);
+	CHECK(ioas_alloc(a) == 2 && ioas_alloc(b) == 3 && ioas_alloc(c) == 4 && ioas_alloc(d) == 5);
 	int others[3] = { dup(1), dup(1), fcntl(1, F_DUPFD, 960) };
 	CHECK(others[0] < 900 && others[2] >= 960);
 	char text = 0;
@@ -205,7 +178,7 @@ static void dups(void)
 	struct pollfd p = { .fd = a, .events = POLLIN | POLLOUT };
 	CHECK(poll(&p, 1, 0) == 1 && p.revents == (POLLIN | POLLOUT));
 	CHECK(close(a) == 0 && close(b) == 0 && close(c) == 0);
-	CHECK(alloc(d) == 6); // the last one still has it all
+	CHECK(ioas_alloc(d) == 6); // the last one still has it all
 	CHECK(destroy(d, 1) == 0);
 }
 
@@ -242,11 +215,11 @@ static void rights(void)
 	pid_t pid = fork();
 	if (!pid) {
 		int got = receive_fd(pair[1]);
-		CHECK(alloc(got) == 2);
+		CHECK(ioas_alloc(got) == 2);
 		_exit(0);
 	}
 	int fd = device();
-	CHECK(alloc(fd) == 1);
+	CHECK(ioas_alloc(fd) == 1);
 	send_fd(pair[0], fd);
 	CHECK(close(fd) == 0); // in flight, or with the child: still open
 	wait_ok(pid);
@@ -288,7 +261,7 @@ static void full(void) // every number from the base on is taken
 	CHECK(open("/dev/iommu", O_RDWR) == -1 && errno == EMFILE);
 	CHECK(close(5) == 0);
 	int fd = open("/dev/iommu", O_RDWR);
-	CHECK(fd == 5 && alloc(fd) == 1);
+	CHECK(fd == 5 && ioas_alloc(fd) == 1);
 	CHECK(fcntl(1000, F_GETFD) == 0);
 }
 
@@ -357,7 +330,7 @@ static int map(int fd, uint32_t ioas, void *addr, uint64_t length)
 static void memory(void)
 {
 	int fd = device();
-	uint32_t ioas = alloc(fd);
+	uint32_t ioas = ioas_alloc(fd);
 	uint32_t mock[18] = { sizeof(mock), 2, ioas };
 	CHECK(ioctl(fd, TEST, mock) == 0);
 	size_t size = 1 << 16;
@@ -389,7 +362,7 @@ static void memory(void)
 static void hold(void)
 {
 	int fd = device();
-	alloc(fd);
+	ioas_alloc(fd);
 	printf("ready\n");
 	fflush(stdout);
 	pause();
@@ -413,14 +386,14 @@ static void outlived(void) // the daemon dies meanwhile
 static void orphan(const char *path, int told)
 {
 	int fd = device();
-	CHECK(alloc(fd) == 1);
+	CHECK(ioas_alloc(fd) == 1);
 	if (fork())
 		exit(7);
 	if (told)
 		CHECK(read(0, &told, 1) == 1);
 	else
 		usleep(700 * 1000);
-	int works = alloc(fd) == 2 && device() >= 0;
+	int works = ioas_alloc(fd) == 2 && device() >= 0;
 	FILE *out = fopen(path, "w");
 	fprintf(out, "%s\n", works ? "served" : "not served");
 	fclose(out);

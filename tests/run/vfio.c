@@ -1,15 +1,10 @@
 // vfio: what a VMM does with /dev/vfio/devices/NAME and /dev/iommu, one way per name. Prints "ok" and exits 0, or says
 // what was wrong and exits 1. Built static and dynamic by the tests; no header of VFIO is needed.
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -17,8 +12,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define DESTROY 0x3b80
-#define IOAS_ALLOC 0x3b81
+#include "check.h"
+
 #define HWPT_ALLOC 0x3b89
 #define GET_INFO 0x3b6b
 #define GET_REGION_INFO 0x3b6c
@@ -28,16 +23,6 @@
 #define ATTACH 0x3b77
 #define DETACH 0x3b78
 #define HWPT_PASID 8
-
-#define CHECK(x)                                                                       \
-	do {                                                                           \
-		if (!(x)) {                                                            \
-			printf("line %d: %s (errno %d)\n", __LINE__, #x, errno);       \
-			fflush(stdout);                                                \
-			exit(1);                                                       \
-		}                                                                      \
-	} while (0)
-#define FAILS(x, number) CHECK((x) == -1 && errno == (number))
 
 static int opened(const char *path)
 {
@@ -53,13 +38,6 @@ static int bind_to(int device, int iommufd, uint32_t *devid)
 	if (devid)
 		*devid = cmd[3];
 	return rc;
-}
-
-static uint32_t ioas_alloc(int iommufd)
-{
-	uint32_t cmd[3] = { sizeof(cmd), 0, 0 };
-	CHECK(ioctl(iommufd, IOAS_ALLOC, cmd) == 0);
-	return cmd[2];
 }
 
 static uint32_t hwpt_alloc(int iommufd, uint32_t devid, uint32_t ioas, uint32_t flags)
@@ -93,12 +71,6 @@ static int detach_pasid(int device, uint32_t pasid)
 {
 	uint32_t cmd[3] = { sizeof(cmd), 1, pasid };
 	return ioctl(device, DETACH, cmd);
-}
-
-static int destroy(int iommufd, uint32_t id)
-{
-	uint32_t cmd[2] = { sizeof(cmd), id };
-	return ioctl(iommufd, DESTROY, cmd);
 }
 
 // ---- what a VMM does ----

@@ -130,62 +130,70 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sockets = parser.add_argument_group("where to listen")
-    sockets.add_argument(
-        "--socket-path", metavar="PATH", help="make and listen at this socket; a dead one there is replaced"
-    )
-    sockets.add_argument("--fd", type=int, action="append", default=[], metavar="N", help="serve this inherited socket")
-    sockets.add_argument(
-        "--admin-socket",
-        metavar="PATH",
-        help="admin socket (default: the socket path with .admin; '' for none)",
-    )
-    sockets.add_argument("--mode", type=_mode, default=0o660, metavar="OCTAL", help="mode of the socket (default 0660)")
-    sockets.add_argument("--terminate", action="store_true", help="exit when the last client has left")
-    machines = parser.add_argument_group("which machines clients find")
-    machines.add_argument(
+    for add in _sockets, _machines, _callers, _hardware, _checks, _output:
+        add(parser)
+    return parser
+
+
+def _sockets(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("where to listen").add_argument
+    add("--socket-path", metavar="PATH", help="make and listen at this socket; a dead one there is replaced")
+    add("--fd", type=int, action="append", default=[], metavar="N", help="serve this inherited socket")
+    add("--admin-socket", metavar="PATH", help="admin socket (default: the socket path with .admin; '' for none)")
+    add("--mode", type=_mode, default=0o660, metavar="OCTAL", help="mode of the socket (default 0660)")
+    add("--terminate", action="store_true", help="exit when the last client has left")
+
+
+def _machines(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which machines clients find")
+    group.add_argument(
         "--machine",
         action="append",
         default=[],
         metavar="NAME|FILE",
         help="know this machine; the first is the default (without: mock)",
     )
-    callers = parser.add_argument_group("who the callers are")
-    callers.add_argument("--caller", type=_caller, metavar="SPEC", help="credentials of every caller, see below")
-    callers.add_argument(
-        "--virtual-caller",
-        action="store_true",
-        help="let the admin socket set credentials of an address space",
-    )
-    hardware = parser.add_argument_group("hardware")
-    hardware.add_argument(
+
+
+def _callers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("who the callers are").add_argument
+    add("--caller", type=_caller, metavar="SPEC", help="credentials of every caller, see below")
+    add("--virtual-caller", action="store_true", help="let the admin socket set credentials of an address space")
+
+
+def _hardware(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
         "--page-request-timeout",
         type=_seconds,
         default=10.0,
         metavar="SECONDS",
         help="how long a device waits for the answer to a page request (default 10; 'inf': for ever)",
     )
-    checks = parser.add_argument_group("checks")
-    checks.add_argument(
+
+
+def _checks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("checks").add_argument
+    add(
         "--sanitize", "--sanitize=report", action="store_const", const="report", default="off",
         help="report DMA through translations that should have been flushed",
     )  # fmt: skip
-    checks.add_argument("--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and fail")
-    output = parser.add_argument_group("output and tuning")
-    output.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
-    )
-    output.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
-    output.add_argument(
+    add("--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and fail")
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output and tuning").add_argument
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info")
+    add("--log-format", choices=("text", "json"), default="text", help="default: text")
+    add(
         "--spin-us",
         type=_microseconds,
         default=0,
         metavar="N",
         help="look for requests this long before sleeping, where clients run on other CPUs (default 0)",
     )
-    output.add_argument("--print-capabilities", action="store_true", help="print JSON and exit")
-    output.add_argument("--version", action="version", version=f"iommufdd {__version__}")
-    return parser
+    add("--print-capabilities", action="store_true", help="print JSON and exit")
+    add("--version", action="version", version=f"iommufdd {__version__}")
 
 
 def _mode(text: str) -> int:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from . import machine_options
-from .run_options import caller
+from . import launch_options, machine_options
+from .machine_options import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,42 +77,27 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     """Declare the subcommand."""
     parser = command("mount", "put a /dev/iommu at a path (FUSE)", MOUNT, MOUNT_EPILOG)
     parser.usage = "iommufdctl mount [options] PATH [-- CMD [ARG...]]"
-    parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
-    parser.add_argument("--machine", metavar="NAME|FILE", default="", help=machine_options.HELP)
-    parser.add_argument(
-        "--caller", type=caller, metavar="SPEC", default="", help="credentials that callers start with, see below"
-    )
-    parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
-    parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    launch_options.add_daemon(parser, "callers start")
+    launch_options.add_told(parser)
     parser.add_argument("--exact", action="store_true", help="with CMD: also answer what FUSE cannot, see below")
     parser.add_argument("path", metavar="PATH", help="where: /dev/iommu, or any other path")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
+    launch_options.add_command(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .keeper import RunError
+    return launch_options.launch("mount", lambda: _start(args))
+
+
+def _start(args: argparse.Namespace) -> int:
+    """UsageError, RunError."""
     from .mount import Options, mount
 
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = launch_options.command(args)
     if not command and sys.argv[-1] == "--":  # an empty variable, say: not a mount for everybody
-        print("iommufdctl mount: give a command after --", file=sys.stderr)
-        return 2
-    if len(args.caller.encode()) > 256:
-        print("iommufdctl mount: --caller is too long", file=sys.stderr)
-        return 2
-    try:
-        machine = machine_options.choose(args.machine, args.socket_path)
-    except machine_options.UsageError as error:
-        print(f"iommufdctl mount: {error}", file=sys.stderr)
-        return 2
+        raise UsageError("give a command after --")
+    machine = launch_options.machine(args)
     if args.exact and not command:
-        print("iommufdctl mount: --exact needs a command: iommufdctl mount --exact PATH -- CMD", file=sys.stderr)
-        return 2
+        raise UsageError("--exact needs a command: iommufdctl mount --exact PATH -- CMD")
     words = args.path, command, machine, args.socket_path, args.caller
-    options = Options(*words, explain=args.explain, summary=args.summary, exact=args.exact)
-    try:
-        return mount(options)
-    except RunError as error:
-        print(f"iommufdctl: {error}", file=sys.stderr)
-        return 1
+    return mount(Options(*words, explain=args.explain, summary=args.summary, exact=args.exact))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 from typing import TYPE_CHECKING
 
-from . import machine_options
+from . import launch_options, machine_options
+from .machine_options import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,11 +69,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     """Declare the subcommand."""
     parser = command("run", "run a program that sees a /dev/iommu", RUN, RUN_EPILOG)
     parser.usage = "iommufdctl run [options] [--] CMD [ARG...]"
-    parser.add_argument("--socket-path", metavar="PATH", default="", help="use the daemon at this socket")
-    parser.add_argument("--machine", metavar="NAME|FILE", default="", help=machine_options.HELP)
-    parser.add_argument(
-        "--caller", type=caller, metavar="SPEC", default="", help="credentials that CMD starts with, see below"
-    )
+    launch_options.add_daemon(parser, "CMD starts")
     parser.add_argument(
         "--proc",
         action="store_true",
@@ -87,8 +82,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
         metavar="N",
         help="lowest number of the daemon's descriptors; 3 gives the kernel's numbers, and costs every read() 15 us",
     )
-    parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
-    parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    launch_options.add_told(parser)
     parser.add_argument(
         "--trace", metavar="FILE", default="", help="a line for every call and event, as strace has it; - is stderr"
     )
@@ -103,16 +97,8 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and end with status 66"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
+    launch_options.add_command(parser)
     parser.set_defaults(run=_run)
-
-
-def caller(text: str) -> str:
-    """What the daemon would refuse without saying why."""
-    for part in filter(None, text.split(",")):
-        if not re.fullmatch(r"[ug]id=\d+|caps=[a-z_+]*|memlock=(\d+|unlimited)", part, re.IGNORECASE):
-            raise argparse.ArgumentTypeError(f"{part!r} is not one of uid=N, gid=N, caps=NAME+NAME, memlock=BYTES")
-    return text
 
 
 def _fd_base(text: str) -> int:
@@ -123,27 +109,19 @@ def _fd_base(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .keeper import RunError
+    return launch_options.launch("run", lambda: _start(args))
+
+
+def _start(args: argparse.Namespace) -> int:
+    """UsageError, RunError."""
     from .run import Options, run
 
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = launch_options.command(args)
     if not command:
-        print("iommufdctl run: give a command: iommufdctl run -- CMD", file=sys.stderr)
-        return 2
-    if len(args.caller.encode()) > 256:
-        print("iommufdctl run: --caller is too long", file=sys.stderr)
-        return 2
-    try:
-        machine = machine_options.choose(args.machine, args.socket_path)
-    except machine_options.UsageError as error:
-        print(f"iommufdctl run: {error}", file=sys.stderr)
-        return 2
+        raise UsageError("give a command: iommufdctl run -- CMD")
+    machine = launch_options.machine(args)
     options = Options(
         command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base,
         args.trace, args.sanitize,
     )  # fmt: skip
-    try:
-        return run(options)
-    except RunError as error:
-        print(f"iommufdctl: {error}", file=sys.stderr)
-        return 1
+    return run(options)

@@ -19,6 +19,7 @@ from .iommu.walk import PRIV, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .events import Events
     from .finding import Finding
     from .iommu.dma import Dma
     from .iommu.endpoint import Endpoint
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .iommu.ops import Domain
     from .iommu.replace import Switch
     from .iommu.walk import TranslationFault
-    from .user import Events
 
 
 @runtime_checkable

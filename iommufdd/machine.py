@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .description import MOCK
+from .events import Events
 from .iommu.dma import DmaQueue
-from .user import Events, User
+from .user import User
 
 if TYPE_CHECKING:
     from .description import MachineDescription

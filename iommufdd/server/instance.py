@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
+    from iommufdd.events import EventListener
     from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
     from iommufdd.machine_file import Machines
-    from iommufdd.user import EventListener
 
     from .channel import Channel
     from .devices import OpenDevice

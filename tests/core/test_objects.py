@@ -10,8 +10,9 @@ import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.events import Dma, Event
 from iommufdd.context import Context
 from iommufdd.errors import EBUSY, ENOENT, ENOMEM
+from iommufdd.events import Events
 from iommufdd.objects import MAX_ID, Holder, IommufdObject, ObjectTable, ObjectType
-from iommufdd.user import Events, FaultGate, Gate
+from iommufdd.user import FaultGate, Gate
 from iommufdd.wiring import new_machine
 
 from .harness import NEST_PARENT, Client

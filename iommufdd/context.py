@@ -11,12 +11,12 @@ from iommufd_uapi.layout import Ioctl
 from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, veventq, vfio_compat, viommu
 from .change_process import ioas_change_process
 from .device import IommufdGroup, get_hw_info
-from .errors import EFAULT, EINVAL, ENOTTY, IommufdError
+from .errors import EFAULT, EINVAL, ENOTTY
 from .mmap import MmapRegions, Vma
 from .objects import ObjectTable
 from .pages import Account
 from .ucmd import Ucmd
-from .user import File, Gate
+from .user import Gate, IoctlFile
 from .user_data import copy_struct_from_user
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ _FIRST_NR, _LAST_NR = 0x80, 0xA0
 _COPY_IN = Gate.COPY_IN
 
 
-class Context(File):
+class Context(IoctlFile):
     """struct iommufd_ctx: its file is referred to by channels, by the files it gave out and by bound devices."""
 
     def __init__(self, machine: Machine, *, container: bool = False) -> None:
@@ -93,20 +93,6 @@ class Context(File):
     def release(self) -> None:
         """close() of the last reference (iommufd_fops_release)."""
         self.objects.destroy_all()
-
-    def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
-        """One ioctl(2): the result, or minus an errno with caller.error telling why."""
-        events = self.events
-        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
-        caller.error = None
-        try:
-            rc = self._ioctl(caller, cmd, uptr)
-        except IommufdError as error:
-            caller.error = error
-            rc = -error.errno
-        if entered is not None:
-            events.ioctl(self, caller, cmd, uptr, rc, entered)
-        return rc
 
     def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """iommufd_fops_ioctl(): the order of checks is ABI."""

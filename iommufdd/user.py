@@ -17,6 +17,8 @@ from .spans import UseCounts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .events import Events
+
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 PAGE_MASK = ~(PAGE_SIZE - 1)
@@ -142,6 +144,30 @@ class File:
         """The answer of poll() may have changed."""
         if self.on_change is not None:
             self.on_change()
+
+
+class IoctlFile(File):
+    """A file with ioctls, which whoever listens on its machine is told of: a context, an open VFIO device."""
+
+    events: Events
+
+    def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
+        """One ioctl(2): the result, or minus an errno with caller.error telling why."""
+        events = self.events
+        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
+        caller.error = None
+        try:
+            rc = self._ioctl(caller, cmd, uptr)
+        except IommufdError as error:
+            caller.error = error
+            rc = -error.errno
+        if entered is not None:
+            events.ioctl(self, caller, cmd, uptr, rc, entered)
+        return rc
+
+    def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
+        """The result, never negative; IommufdError."""
+        raise NotImplementedError
 
 
 class Pinner(Protocol):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import iommufd_uapi.vfio as vfio
 from iommufdd.context import Context
 from iommufdd.errors import EBADFD, EINVAL, IommufdError
-from iommufdd.user import File, Gate
+from iommufdd.user import Gate, IoctlFile
 from iommufdd.user_data import copy_struct_from_user
 
 from . import pci
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UUID_SIZE = 16
 
 
-class VfioDeviceFile(File):
+class VfioDeviceFile(IoctlFile):
     """struct vfio_device_file: the device cannot be used through it until BIND has given access."""
 
     def __init__(self, machine: Machine, dev: Device) -> None:
@@ -45,26 +45,11 @@ class VfioDeviceFile(File):
             self.iommufd = None
             ictx.put()
 
-    def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
-        """One ioctl(2): the result, or minus an errno with caller.error telling why."""
-        events = self.events
-        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
-        caller.error = None
-        try:
-            self._ioctl(caller, cmd, uptr)
-            rc = 0
-        except IommufdError as error:
-            caller.error = error
-            rc = -error.errno
-        if entered is not None:
-            events.ioctl(self, caller, cmd, uptr, rc, entered)
-        return rc
-
     def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> NoReturn:
         """mmap(2): EINVAL, for there are no regions (vfio_device_fops_mmap)."""
         raise EINVAL("the device has no region that can be mapped")
 
-    def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> None:
+    def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """vfio_device_fops_unl_ioctl(): before BIND even a number that nobody knows gives EINVAL."""
         if cmd == vfio.VFIO_DEVICE_BIND_IOMMUFD:
             self._bind_iommufd(caller, uptr)
@@ -76,6 +61,7 @@ class VfioDeviceFile(File):
             self._detach_pt(caller, uptr)
         else:
             pci.ioctl(self.device, caller, cmd, uptr)
+        return 0
 
     # ---- BIND ----
 

@@ -125,15 +125,7 @@ class Calls:
             return CONTINUE
         if own < 0:
             return CONTINUE
-        try:
-            thread.files.add(thread.files.free_number(lowest=True), own, cloexec=bool(flags & os.O_CLOEXEC), send=True)
-        except IommufdError as error:
-            return -error.errno
-        except OSError:
-            return CONTINUE
-        finally:
-            os.close(own)
-        return ANSWERED
+        return _give(thread, own, cloexec=bool(flags & os.O_CLOEXEC), lowest=True)
 
     def _path(self, thread: Thread, folder: int, at: int) -> bytes:
         """The path as the caller means it; only what can be ours is made absolute."""
@@ -252,15 +244,7 @@ class Calls:
             own = self._take(thread.process, fd, found)
         except OSError:
             return CONTINUE
-        try:
-            thread.files.add(thread.files.free_number(least), own, cloexec=cloexec, send=True)
-        except IommufdError as error:
-            return -error.errno
-        except OSError:
-            return CONTINUE
-        finally:
-            os.close(own)
-        return ANSWERED
+        return _give(thread, own, cloexec=cloexec, least=least)
 
     def _take(self, process: Process, fd: int, found: Installed | Pipe) -> int:
         """A copy of a process's descriptor, by the keeper if we may not make it. OSError, Waiting."""
@@ -272,3 +256,16 @@ class Calls:
             return own
         os.close(own)
         raise PermissionError
+
+
+def _give(thread: Thread, own: int, *, cloexec: bool, least: int = 0, lowest: bool = False) -> int:
+    """A number for the caller, as free_number() has it, for a descriptor of ours, which is closed. Waiting."""
+    try:
+        thread.files.add(thread.files.free_number(least, lowest=lowest), own, cloexec=cloexec, send=True)
+    except IommufdError as error:
+        return -error.errno
+    except OSError:
+        return CONTINUE
+    finally:
+        os.close(own)
+    return ANSWERED

@@ -19,7 +19,7 @@ from .iommu.walk import PRIV, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .events import Events
+    from .event_port import Events
     from .finding import Finding
     from .iommu.dma import Dma
     from .iommu.endpoint import Endpoint

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .dmabuf import DmabufPages
 from .errors import (
     EADDRINUSE,
     EBUSY,
@@ -23,7 +24,6 @@ from .errors import (
 )
 from .iommu.ops import Extent
 from .iova import HPAGE_SIZE, Area, IovaSpace, Piece
-from .pages import DmabufPages
 from .user import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Caller, Gate, PageRun
 
 if TYPE_CHECKING:

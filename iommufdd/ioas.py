@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import iommufd_uapi.iommufd as uapi
 
+from .dmabuf import Dmabuf, DmabufPages
 from .errors import (
     EBUSY,
     EINVAL,
@@ -19,7 +20,7 @@ from .errors import (
 from .io_pagetable import IoPagetable
 from .iova import Piece
 from .objects import IommufdObject, ObjectType
-from .pages import Account, Dmabuf, DmabufPages, FilePages, Pages, UserPages
+from .pages import Account, FilePages, Pages, UserPages
 from .spans import AreaTree, Span, SpanSet
 from .user import PAGE_SIZE, ULONG_MAX, Gate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .description import MOCK
-from .events import Events
+from .event_port import Events
 from .iommu.dma import DmaQueue
 from .user import User
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .context import Context
-    from .events import Events
+    from .event_port import Events
 
 MAX_ID = 2**31 - 1  # xa_limit_31b
 

@@ -15,6 +15,7 @@ from iommufd_uapi.iommufd import IOMMU_PGFAULT_FLAGS_LAST_PAGE, IOMMU_PGFAULT_FL
 from . import selftest_access
 from .attach import attach, detach, replace
 from .device import IommufdDevice, bind, unbind
+from .dmabuf import Dmabuf
 from .errors import EBADF, EFAULT, EINVAL, EOPNOTSUPP, EOVERFLOW
 from .hw_pagetable import HwPagetable, HwptNested
 from .ioas import Ioas
@@ -22,7 +23,6 @@ from .iommu.group import Fault
 from .iommu.ops import IOMMU_NO_PASID, Device
 from .iommu.selftest_ops import SelftestDevice, SelftestDirty, SelftestNested
 from .objects import IommufdObject, ObjectType
-from .pages import Dmabuf
 from .selftest_access import SZ_16M, answer
 from .selftest_checks import check_map, check_refs, paging
 from .user import PAGE_MASK, PAGE_SIZE, ULONG_MAX, Gate

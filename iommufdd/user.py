@@ -17,7 +17,7 @@ from .spans import UseCounts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .events import Events
+    from .event_port import Events
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT

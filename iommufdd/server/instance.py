@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
-    from iommufdd.events import EventListener
+    from iommufdd.event_port import EventListener
     from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
     from iommufdd.machine_file import Machines

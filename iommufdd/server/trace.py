@@ -16,7 +16,7 @@ from iommufd_uapi import decode
 from iommufd_uapi.events import Event, Filter, Ioctl, Lost, Object, Queue, line
 from iommufdd.context import Context
 from iommufdd.errors import EMFILE
-from iommufdd.events import Events
+from iommufdd.event_port import Events
 from iommufdd.veventq import Veventq
 from iommufdd.vfio.device_cdev import VfioDeviceFile
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from iommufdd.access import Access
 from iommufdd.context import Context
 from iommufdd.device import IommufdDevice
+from iommufdd.dmabuf import Dmabuf, DmabufPages
 from iommufdd.eventq import EventqFile
 from iommufdd.hw_pagetable import HwptPaging
 from iommufdd.ioas import Ioas
 from iommufdd.iommu.mock import MockDevice
 from iommufdd.objects import Holder
-from iommufdd.pages import Account, Dmabuf, DmabufPages, FilePages, Pages
+from iommufdd.pages import Account, FilePages, Pages
 from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import PAGE_SIZE, File
 from iommufdd.vfio.device_cdev import VfioDeviceFile

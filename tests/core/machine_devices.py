@@ -8,10 +8,10 @@ from hypothesis.stateful import rule
 import iommufd_uapi.iommufd as uapi
 import iommufd_uapi.iommufd_test as test_uapi
 from iommufdd.device import IommufdDevice
+from iommufdd.dmabuf import Dmabuf
 from iommufdd.eventq import EventqFile, Fault
 from iommufdd.hw_pagetable import HwPagetable, HwptNested, HwptPaging
 from iommufdd.ioas import Ioas
-from iommufdd.pages import Dmabuf
 from iommufdd.selftest import SelftestObj
 from iommufdd.user import PAGE_SIZE, File
 from iommufdd.viommu import Viommu

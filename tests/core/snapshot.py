@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from iommufdd.access import Access
 from iommufdd.context import Context
 from iommufdd.device import IommufdDevice
+from iommufdd.dmabuf import Dmabuf, DmabufPages
 from iommufdd.eventq import EventqFile, Fault
 from iommufdd.hw_pagetable import HwPagetable, HwptNested, HwptPaging
 from iommufdd.ioas import Ioas
 from iommufdd.iommu.mock import MockDevice, MockNested, MockPaging
 from iommufdd.iommu.mock_viommu import MockViommu
 from iommufdd.mmap import Vma
-from iommufdd.pages import Dmabuf, DmabufPages, FilePages, Pages
+from iommufdd.pages import FilePages, Pages
 from iommufdd.selftest import SelftestObj
 from iommufdd.selftest_access import SelftestAccess
 from iommufdd.user import File

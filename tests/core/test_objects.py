@@ -10,7 +10,7 @@ import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.events import Dma, Event
 from iommufdd.context import Context
 from iommufdd.errors import EBUSY, ENOENT, ENOMEM
-from iommufdd.events import Events
+from iommufdd.event_port import Events
 from iommufdd.objects import MAX_ID, Holder, IommufdObject, ObjectTable, ObjectType
 from iommufdd.user import FaultGate, Gate
 from iommufdd.wiring import new_machine

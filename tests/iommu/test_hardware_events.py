@@ -21,7 +21,7 @@ from .vmm import forgetful
 
 if TYPE_CHECKING:
     from iommufd_uapi.events import Event
-    from iommufdd.events import Events
+    from iommufdd.event_port import Events
 
 LEAF = uapi.IOMMU_VTD_INV_FLAGS_LEAF
 

@@ -6,8 +6,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
+from iommufdd.dmabuf import Dmabuf
 from iommufdd.errors import EACCES, EINVAL, ENODEV, ENOMEM
-from iommufdd.pages import Dmabuf
 from iommufdd.server.instance import OpenContext
 
 from .procmm import SHARED, maps_of

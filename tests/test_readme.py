@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.__main__ import BENCHES
 from tests.iommu.wrong import the_wrong_page_is_flushed
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,7 @@ def test_the_prototype_is_the_example_and_runs() -> None:
     assert "the device reads b'from the guest'" in done.stdout
     assert "the guest reads b'from the device'" in done.stdout
     assert "is in use by" in done.stdout
+    assert f"```\n{done.stdout}```" in README
 
 
 def test_the_unmodified_program_runs() -> None:
@@ -99,6 +101,18 @@ def test_the_make_targets_exist() -> None:
     assert {"demo", "test", "conformance", "bench", "lint"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_make_help_names_every_target() -> None:
+    done = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (phony,) = re.findall(r"^\.PHONY: help (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^make (\w+)", done.stdout, re.MULTILINE) == phony.split()
+
+
+def test_all_benches_are_named() -> None:
+    section = README.partition("## How fast it is")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(BENCHES)
 
 
 def test_the_verbs_exist() -> None:

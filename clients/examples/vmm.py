@@ -1,41 +1,45 @@
-"""A VMM prototype: guest memory behind an emulated IOMMU, a device that reaches it, and a mistake explained."""
+"""A VMM prototype: a guest's page table nested on its memory behind a VT-d, DMA through both, and two mistakes."""
 
 import os
 
-from iommufd_client import Iommufd
+from iommufd_client import Admin, DmaError, Iommufd
+from iommufd_client.pagetable import PageTable
 from iommufd_client.testing import Daemon
 from iommufd_uapi import iommufd as uapi
 
-GUEST_RAM = 0x100_0000  # where the guest sees its memory
+IOVA = 0x7F12_3456_7000
+TABLES, BUFFER = 0x10_0000, 0x20_0000  # guest-physical addresses
 
 
-def vmm(iommufd: Iommufd) -> None:
-    ioas = iommufd.ioas_alloc()
-    device = iommufd.mock_domain(ioas)  # the kernel's selftest device, attached to the address space
-    print("the device reaches", [f"{first:#x}..{last:#x}" for first, last in iommufd.ioas_iova_ranges(ioas).ranges])
-
-    with iommufd.guest_memory(16 << 20) as ram:
-        iommufd.ioas_map(ioas, ram, iova=GUEST_RAM)
-        ram.write(0x1000, b"from the guest")
-
-        with iommufd.create_access(ioas) as dma:
-            print("the device reads", iommufd.access_read(dma, GUEST_RAM + 0x1000, 14))
-            iommufd.access_write(dma, GUEST_RAM + 0x2000, b"from the device")
-        print("the guest reads", ram.read(0x2000, 15))
-
-        parent = iommufd.hwpt_alloc(device.out_idev_id, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
-        print("the page table for a vIOMMU is object", parent)
-
-        try:
-            iommufd.destroy(ioas)
-        except OSError as error:
-            print(error)  # errno as in the kernel, and the reason, which the kernel does not tell
+def vmm(iommufd: Iommufd, admin: Admin) -> None:
+    with iommufd.device("vfio0") as device, iommufd.guest_memory(16 << 20) as ram:
+        dev = device.bind(iommufd)
+        ioas = iommufd.ioas_alloc()
+        iommufd.ioas_map(ioas, ram, iova=0)  # stage 2: where the guest sees its memory
+        parent = iommufd.hwpt_alloc(dev, ioas, flags=uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
+        table = PageTable(ram, TABLES)  # stage 1: what the guest's driver writes
+        table.map(IOVA, BUFFER)
+        nested = iommufd.hwpt_alloc(dev, parent, data=uapi.HwptVtdS1(pgtbl_addr=table.root, addr_width=48))
+        device.attach(nested)
+        dma = admin.endpoint("vfio0", iommufd)
+        ram.write(BUFFER, b"from the guest")
+        print("the device reads", dma.read(IOVA, 14))
+        dma.write(IOVA + 0x100, b"from the device")
+        print("the guest reads", ram.read(BUFFER + 0x100, 15))
+        table.unmap(IOVA)
+        print("unmapped, but not yet invalidated, it still reads", dma.read(IOVA, 14))
+        iommufd.hwpt_invalidate(nested, [uapi.HwptVtdS1Invalidate(addr=IOVA, npages=1)])
+        for mistake in (lambda: dma.read(IOVA, 14)), (lambda: iommufd.destroy(ioas)):
+            try:
+                mistake()
+            except (DmaError, OSError) as error:
+                print(error)  # errno as in the kernel, and the reason, which the kernel does not tell
 
 
 if __name__ == "__main__":
     if os.environ.get("IOMMUFDD_SOCKET"):
-        with Iommufd(explain=True) as iommufd:
-            vmm(iommufd)
+        with Iommufd(machine="@vtd", explain=True) as iommufd, Admin() as admin:
+            vmm(iommufd, admin)
     else:
-        with Daemon() as daemon, daemon.open() as iommufd:
-            vmm(iommufd)
+        with Daemon() as daemon, daemon.open(machine="@vtd") as iommufd, daemon.admin() as admin:
+            vmm(iommufd, admin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -72,10 +73,15 @@ def linked(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def compiled(linked: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the C programs, each under its name without the suffix."""
+    return _compile(linked, tmp_path_factory)
+
+
+@functools.cache  # the tests of mount have this fixture too, and a fixture is made for each conftest.py
+def _compile(linked: str, temporary: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp(linked)
+    folder = temporary.mktemp(linked)
     options = ["-static"] if linked == "static" else []
     for source in HERE.glob("*.c"):
         made = subprocess.run(

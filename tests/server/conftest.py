@@ -21,6 +21,7 @@ from iommufdd.machine import Machine
 from iommufdd.server.listener import adopt
 from iommufdd.server.serve import Server
 from iommufdd.wiring import new_machine
+from tests.server.hardware import Served
 from tests.server.peer import Peer
 
 START_TIMEOUT = 60.0  # a noisy machine with two CPUs
@@ -207,3 +208,10 @@ def eventually(check: Callable[[], bool], timeout: float = START_TIMEOUT) -> Non
     while not check():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """A server in a thread of this process, whose devices can be attached by hand."""
+    with Served(tmp_path) as made:
+        yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
+import iommufd_uapi.admin as admin_uapi
 import iommufd_uapi.iommufd as uapi
 from iommufd_client import Admin, GuestMemory, Iommufd
 from iommufdd.attach import attach, detach, replace
@@ -106,6 +108,20 @@ class Served:
     def admin(self) -> Admin:
         return Admin(self.socket_path + ".admin")
 
+    def state(self, device: str = "vfio0") -> admin_uapi.Endpoint:
+        """What `show` tells of a device."""
+        with self.admin() as connection:
+            (instance,) = connection.show().instances
+        return next(each for each in instance.endpoints if each.name == device)
+
+    def ask(self, request: admin_uapi.Request) -> socket.socket:
+        """A connection on which a request was sent, and no answer read."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(60)
+        sock.connect(self.socket_path + ".admin")
+        sock.sendall(admin_uapi.encode(request))
+        return sock
+
     def context(self, iommufd: Iommufd) -> OpenContext:
         inode = os.fstat(iommufd.identity.fileno()).st_ino
         return next(each for key, each in self.server.instances.contexts.items() if key[1] == inode)
@@ -154,6 +170,11 @@ class Guest:
             fault_id=fault_id,
         )
         served.attach(self.driver, self.hwpt)
+
+    def asked(self) -> None:
+        """Wait until a device has asked for a page."""
+        assert self.faults is not None
+        assert select.select([self.faults], [], [], 60)[0]
 
     def request(self) -> uapi.HwptPgfault:
         """The page request that waits; a test asks when one must be there."""

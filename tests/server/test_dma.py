@@ -1,21 +1,16 @@
-"""Devices over real sockets: DMA through both stages by admin call, page faults, deaths, names of machines."""
+"""Devices over real sockets: DMA through both stages by admin call, walks, names of machines."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import select
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import trio
 
-import iommufd_uapi.iommufd as uapi
 from iommufd_client import DmaError, Endpoint, IommufdOSError
 from iommufd_client.aio_admin import Endpoint as AioEndpoint
 from iommufd_uapi import admin
@@ -29,12 +24,6 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with Served(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
 def guest(served: Served) -> Iterator[Guest]:
     with Guest(served) as made:
         yield made
@@ -44,40 +33,6 @@ def guest(served: Served) -> Iterator[Guest]:
 def endpoint(served: Served, guest: Guest) -> Iterator[Endpoint]:
     with served.admin() as connection:
         yield connection.endpoint("vfio0", guest.iommufd)
-
-
-class Thread(threading.Thread):
-    """A call that may take its time; what it returns or raises."""
-
-    def __init__(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        super().__init__(daemon=True)
-        self._call = functools.partial(function, *args, **kwargs)
-        self.result: object = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self._call()
-        except (DmaError, OSError) as error:
-            self.result = error
-
-    def done(self) -> object:
-        self.join(60)
-        assert not self.is_alive()
-        return self.result
-
-
-def asked(guest: Guest) -> None:
-    """Wait until a device has asked for a page."""
-    assert guest.faults is not None
-    assert select.select([guest.faults], [], [], 60)[0]
-
-
-def state(served: Served, device: str = "vfio0") -> admin.Endpoint:
-    """What `show` tells of a device."""
-    with served.admin() as connection:
-        (instance,) = connection.show().instances
-    return next(each for each in instance.endpoints if each.name == device)
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------
@@ -149,7 +104,7 @@ def test_pasids(served: Served, guest: Guest, endpoint: Endpoint) -> None:
         endpoint.read(IOVA, 4, pasid=6)
     with pytest.raises(DmaError, match="fault 0x5d: SRE is clear"):
         endpoint.read(IOVA, 4, privileged=True)
-    assert [(each.pasid, each.type, each.id) for each in state(served).attachments] == [
+    assert [(each.pasid, each.type, each.id) for each in served.state().attachments] == [
         (None, "HWPT_NESTED", guest.hwpt),
         (5, "HWPT_NESTED", guest.hwpt),
     ]
@@ -237,121 +192,6 @@ def test_a_device_that_was_never_attached(served: Served, guest: Guest) -> None:
     assert (len(walked.rows), walked.cached) == (1, [])
 
 
-# ---- page faults -------------------------------------------------------------------------------------------
-
-
-def test_a_page_fault_holds_up_nobody_else(served: Served) -> None:
-    with Guest(served, faults=True) as guest, served.admin() as one, served.admin() as other:
-        guest.table.map(IOVA + PAGE, 0x6000)
-        write = Thread(one.endpoint("vfio0", guest.iommufd).write, IOVA, b"late")
-        asked(guest)
-        assert state(served).waiting == 1
-        assert other.endpoint("vfio0", guest.iommufd).read(IOVA + PAGE, 1) == b"\0"  # the same device
-        assert guest.iommufd.ioas_alloc() > 0
-        record = guest.request()
-        assert (record.addr, record.perm, record.dev_id) == (IOVA, uapi.IOMMU_PGFAULT_PERM_WRITE, guest.driver.idev.id)
-        guest.table.map(IOVA, 0x5000)
-        guest.respond(record.cookie)
-        assert write.done() is None
-        assert guest.ram.read(0x5000, 4) == b"late"
-        shown = state(served)
-        assert (shown.page_requests, shown.waiting, shown.completed, shown.faults) == (1, 0, 2, 0)
-
-
-def test_answered_invalid(served: Served) -> None:
-    with Guest(served, faults=True) as guest, served.admin() as one:
-        read = Thread(one.endpoint("vfio0", guest.iommufd).read, IOVA, 4)
-        asked(guest)
-        guest.respond(guest.request().cookie, uapi.IOMMUFD_PAGE_RESP_INVALID)
-        error = read.done()
-        assert isinstance(error, DmaError)
-        assert error.reason == (
-            "the page request was answered INVALID (fault 0x71: a first-stage entry is not present, "
-            f"stage 1 level 4, iova {IOVA:#x})"
-        )
-        assert state(served).invalid == 1
-
-
-def test_a_page_that_never_comes(tmp_path: Path) -> None:
-    with Served(tmp_path, patience=0.05) as served, Guest(served, faults=True) as guest, served.admin() as one:
-        endpoint = one.endpoint("vfio0", guest.iommufd)
-        with pytest.raises(DmaError, match="the page request was not answered in time"):
-            endpoint.read(IOVA, 4)
-        with pytest.raises(DmaError, match="not answered in time"):
-            endpoint.read(IOVA, 4, page_timeout=0.0)
-        assert state(served).timeouts == 2
-        guest.table.map(IOVA, 0x5000)
-        assert endpoint.read(IOVA, 4) == bytes(4)
-
-
-@pytest.mark.parametrize("how", ["dies", "detaches", "replaces"])
-def test_the_client_goes_while_its_dma_waits(served: Served, how: str) -> None:
-    with Guest(served, faults=True) as guest, served.admin() as one:
-        read = Thread(one.endpoint("vfio0", guest.iommufd).read, IOVA, 4)
-        asked(guest)
-        dev: Any = guest.driver.idev.dev
-        if how == "dies":
-            guest.die()
-        elif how == "detaches":
-            served.close(guest.driver)
-            guest.driver = served.bind(guest.iommufd)
-        else:
-            served.replace(guest.driver, guest.ioas)
-        error = read.done()
-        assert isinstance(error, DmaError)
-        assert error.reason.startswith("the page request was answered INVALID: its attachment ended")
-        assert (dev.counters.withdrawn, len(dev.queue.parked), dev.iopf.enabled) == (1, 0, False)
-        if how == "dies":
-            eventually(lambda: not served.server.instances.contexts)
-
-
-# ---- whoever asks goes away --------------------------------------------------------------------------------
-
-
-def ask(served: Served, request: admin.Request) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(60)
-    sock.connect(served.socket_path + ".admin")
-    sock.sendall(admin.encode(request))
-    return sock
-
-
-def test_dma_is_cancelled_when_nobody_waits_for_it(served: Served) -> None:
-    with Guest(served, faults=True) as guest:
-        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0))
-        asked(guest)
-        assert state(served).waiting == 1
-        sock.close()
-        eventually(lambda: state(served).waiting == 0)
-        assert state(served).failed == 1
-        guest.respond(guest.request().cookie)  # too late, and nobody minds
-        assert state(served).failed == 1
-
-
-def test_who_has_said_all_still_hears_the_answer(served: Served) -> None:
-    with Guest(served, faults=True) as guest:
-        sock = ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0))
-        sock.shutdown(socket.SHUT_WR)  # as socat does at the end of its input
-        asked(guest)
-        guest.table.map(IOVA, 0x5000)
-        guest.respond(guest.request().cookie)
-        with sock, sock.makefile("rb") as lines:
-            assert admin.decode_reply(lines.readline()) == admin.Moved(4, bytes(4))
-            assert lines.readline() == b""
-
-
-def test_places_are_given_back(served: Served) -> None:
-    with Guest(served, faults=True) as guest:
-        for _ in range(3):
-            socks = [ask(served, admin.Dma("vfio0", "read", IOVA, 4, page_timeout=3600.0)) for _ in range(10)]
-            eventually(lambda: state(served).waiting == 10)
-            for sock in socks:
-                sock.close()
-            eventually(lambda: state(served).waiting == 0)
-        assert state(served).failed == 30
-        del guest
-
-
 # ---- naming ------------------------------------------------------------------------------------------------
 
 
@@ -410,11 +250,11 @@ def test_requests_that_make_no_sense(served: Served, guest: Guest) -> None:
         "Invalid enum value 'peek'": admin.Dma("vfio0", "peek", 0, 1),  # type: ignore[arg-type]
     }
     for text, request in wrong.items():
-        with ask(served, request) as sock, sock.makefile("rb") as lines:
+        with served.ask(request) as sock, sock.makefile("rb") as lines:
             reply = admin.decode_reply(lines.readline())
         assert isinstance(reply, admin.Error), text
         assert (reply.errno, reply.reason[: len(text)]) == (errno.EINVAL, text)
-    assert state(served).failed == 0
+    assert served.state().failed == 0
 
 
 def test_the_last_byte_of_all(guest: Guest, endpoint: Endpoint) -> None:
@@ -442,7 +282,7 @@ async def test_over_trio(tmp_path: Path) -> None:
         with trio.move_on_after(0.2) as scope:  # waits for a page until it is cancelled
             await endpoint.read(IOVA + PAGE, 4)
         assert scope.cancelled_caught
-        await trio.to_thread.run_sync(eventually, lambda: state(served).waiting == 0)
+        await trio.to_thread.run_sync(eventually, lambda: served.state().waiting == 0)
         await trio.to_thread.run_sync(guest.close)
     finally:
         await trio.to_thread.run_sync(served.__exit__)

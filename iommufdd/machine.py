@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .description import MOCK
+from .kvm.memory import HostMemory
 from .user import User
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Machine:
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
         self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
+        self.memory = HostMemory()
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from iommufdd.errors import EINVAL
 
 from .dma import DONE, PARKED, Dma, DmaQueue
-from .group import IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
+from .group import IOMMU_PAGE_RESP_FAILURE, IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
 from .ops import IOMMU_NO_PASID, Device, IommuOps, ResvRegion
 from .tlb import Tlb, TlbEntry
 from .walk import EXEC, PRIV, READ, WRITE
@@ -55,13 +55,15 @@ class TranslatingIommu(IommuOps, Protocol):
 class Counters:
     """What a device has done."""
 
-    __slots__ = ("completed", "failed", "invalid", "page_requests", "read", "timeouts", "withdrawn", "written")
+    __slots__ = ("completed", "failed", "failures", "invalid", "page_requests", "read", "timeouts", "withdrawn",
+                 "written")  # fmt: skip
 
     def __init__(self) -> None:
         self.read = self.written = 0  # bytes
         self.completed = self.failed = 0  # transfers
         self.page_requests = 0
         self.invalid = 0  # answered INVALID by the user or the driver
+        self.failures = 0  # answered FAILURE: KVM has no page
         self.withdrawn = 0  # answered INVALID because the attachment ended
         self.timeouts = 0
 
@@ -189,10 +191,12 @@ class Endpoint(Device):
             return  # it gave up before
         if code == IOMMU_PAGE_RESP_SUCCESS:
             dma.resume()
-            self.queue.submit(dma)
         elif group.withdrawn:
             self.counters.withdrawn += 1
             dma.fail("the page request was answered INVALID: its attachment ended")
+        elif code == IOMMU_PAGE_RESP_FAILURE:
+            self.counters.failures += 1
+            dma.fail("the page request was answered FAILURE")
         else:
             self.counters.invalid += 1
             dma.fail("the page request was answered INVALID")

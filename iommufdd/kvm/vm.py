@@ -265,7 +265,7 @@ class Vm(File):
             self.mmu.zap_all()
 
     def clear_flush_young(self, start: int, end: int) -> bool:
-        """Whether [start, end) was in use since last time; then that is forgotten (same name in struct mmu_notifier)."""
+        """Whether [start, end) was in use since last time; then that is forgotten (struct mmu_notifier_ops)."""
         young = False
         for first, last in self.slots[0].in_range(start, end):
             young |= self.mmu.age(first, last)

@@ -118,7 +118,7 @@ class KvmCreateTdpFd(KvmIoctl):
 class KvmTdpInfo(KvmIoctl):
     """struct kvm_tdp_info
 
-    Not the RFC's: what it hands to the driver (`type` to `rsvd_bits_mask`, all 0 while nothing is exported), and counts.
+    Not the RFC's: what it hands to the driver (`type` to `rsvd_bits_mask`, 0 while nothing is exported), and counts.
     `rsvd_bits_mask[bit 7 of the entry * 5 + level - 1]` are the bits that an entry of the table never has.
     """
 

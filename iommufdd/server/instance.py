@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .devices import OpenDevice
     from .nofile import Nofile
+    from .vms import OpenVm
 
 REGISTERS_END = 1 << 40  # bytes, all of them holes
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -36,6 +37,7 @@ class Instance:
         self.machine = machine
         self.contexts: set[OpenContext] = set()
         self.devices: set[OpenDevice] = set()
+        self.vms: set[OpenVm] = set()
         self._users: set[object] = set()
 
     def keep(self, user: object) -> None:
@@ -102,6 +104,7 @@ class Instances:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
         self.devices: set[OpenDevice] = set()
+        self.vms: set[OpenVm] = set()
         self.named: dict[str, Instance] = {}
         self._new_machine = new_machine
         self._machines = machines
@@ -109,7 +112,8 @@ class Instances:
     def __iter__(self) -> Iterator[Instance]:
         """Every instance on which something is open."""
         found = {context.instance: None for context in self.contexts.values()}
-        return iter(found | {device.instance: None for device in self.devices})
+        found |= {device.instance: None for device in self.devices}
+        return iter(found | {vm.instance: None for vm in self.vms})
 
     def join(self, name: str) -> Instance:
         """The machine instance `[INSTANCE][@MACHINE]`; a new one if INSTANCE is empty or nobody keeps it yet.

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufdd.errors import ENOENT, IommufdError
+from iommufdd.kvm.tdp_fd import TdpFile
 from iommufdd.pages import Dmabuf
 from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
@@ -179,9 +180,9 @@ class Calls:
         cmd = args[1] & 0xFFFF_FFFF
         if found is None or cmd in GENERIC_IOCTLS:
             return CONTINUE
+        if not isinstance(found, Installed) or found.file is not found.opened.file:
+            return -errno.ENODEV if isinstance(found.file, TdpFile) else -errno.ENOTTY
         opened = found.opened
-        if found.file is not opened.file or not isinstance(found, Installed):
-            return -errno.ENOTTY
         if thread.process.stranger:
             thread.files.prepare(cmd, args[2])
         if cmd == DESTROY and found.maps:
@@ -199,9 +200,9 @@ class Calls:
         found = self._find(thread, _int(args[4]))
         if found is None:
             return CONTINUE
-        opened = found.opened
-        if found.file is not opened.file or not isinstance(found, Installed):
+        if not isinstance(found, Installed) or found.file is not found.opened.file:
             return -errno.EINVAL if isinstance(found.file, Dmabuf) else -errno.ENODEV
+        opened = found.opened
         _, length, prot, flags, _, offset = args
         if not length or offset % mmap.PAGESIZE:
             return -errno.EINVAL

@@ -26,6 +26,7 @@ from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_REACH
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
 from iommufdd.server.memory import get_seals
+from iommufdd.server.vms import OpenVm
 
 from .calls import ANSWERED, CONTINUE, Calls
 from .procfile import TargetFiles
@@ -360,7 +361,8 @@ class Supervisor(Targets[Thread]):
     def held(self, process: Process) -> set[Opened]:
         """The contexts and devices of which a process has a descriptor; none if that may not be looked at."""
         found = {self.find((*inode, self._euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
-        return {each.opened for each in found if each is not None}
+        opened = (each.opened for each in found if each is not None)
+        return {each for each in opened if not isinstance(each, OpenVm)}
 
     def _is_ours(self, inode: tuple[int, int]) -> bool:
         return (*inode, self._euid) in self.watch.by_key

@@ -80,25 +80,27 @@ class HostMemory:
 
     # ---- files ----
 
-    def address(self, file: PageFile, pos: int) -> int:
-        """Where a byte of a file is seen."""
+    def hold(self, file: PageFile, pos: int) -> int:
+        """Where bytes of a file are seen, for one leaf entry more."""
         key = file, pos >> CHUNK_SHIFT
         chunk = self._by_file.get(key)
         if chunk is None:
             index = heapq.heappop(self._free_chunks) if self._free_chunks else len(self._chunks)
             chunk = self._chunks[index] = self._by_file[key] = Chunk(index, file, key[1] << CHUNK_SHIFT)
             file.get()
+        chunk.users += 1
         return FILES + chunk.index * CHUNK + pos % CHUNK
-
-    def hold(self, hpa: int) -> None:
-        """A leaf entry maps it."""
-        self._chunks[hpa - FILES >> CHUNK_SHIFT].users += 1
 
     def release(self, hpa: int, size: int) -> None:
         """A leaf entry is gone, from every cache too: the page may be used for something else."""
         chunk = self._chunks[hpa - FILES >> CHUNK_SHIFT]
         for watcher in self.watchers:
             watcher.page_free(chunk.file, chunk.pos + hpa % CHUNK, size)
+        self.drop(hpa)
+
+    def drop(self, hpa: int) -> None:
+        """One entry less; if it was not the only one of this page, nothing else has changed."""
+        chunk = self._chunks[hpa - FILES >> CHUNK_SHIFT]
         chunk.users -= 1
         if not chunk.users:
             del self._chunks[chunk.index], self._by_file[chunk.file, chunk.pos >> CHUNK_SHIFT]

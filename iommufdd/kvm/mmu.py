@@ -130,7 +130,7 @@ class Mmu:
         run, writable = self._faultin(slot, gfn, write)
         level = self._leaf_level(slot, gfn, run, writable)
         first = gfn & -ept.pages(level)
-        hpa = self.memory.address(run.file, run.page - (gfn - first) << PAGE_SHIFT)
+        hpa = self.memory.hold(run.file, run.page - (gfn - first) << PAGE_SHIFT)
         self._set_leaf(first, level, hpa, ept.make_leaf(hpa, level, writable=writable, host_writable=writable))
         if writable:
             slot.mark_dirty(gfn)
@@ -163,13 +163,14 @@ class Mmu:
         return 1
 
     def _set_leaf(self, gfn: int, level: int, hpa: int, leaf: int) -> None:
+        """Store a leaf entry whose page is held for it."""
         at = self._descend(gfn, level)
         old = at.entry
         if old & ept.PRESENT and ept.is_leaf(old, level) and old & ept.ADDRESS == hpa:
             self.memory.store(at.address, leaf)  # the same page with other rights, which caches may learn later
+            self.memory.drop(hpa)
             return
         changed = self._zap(at)
-        self.memory.hold(hpa)
         self.memory.store(at.address, leaf)
         self.stats.mapped += 1
         self.stats.present += ept.pages(level) * PAGE_SIZE

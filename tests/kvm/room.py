@@ -41,7 +41,7 @@ class Room(Lab):
 
     # ---- ioctls of the VM ----
 
-    def kvm(self, arg: K, expect: int = 0, *, vm: Vm | None = None, c: Client | None = None) -> K:
+    def call(self, arg: K, expect: int = 0, *, vm: Vm | None = None, c: Client | None = None) -> K:
         """An ioctl that must give this errno; the struct brought up to date."""
         c = c or self.c
         c.process.put(arg.pack(), ARGUMENT)
@@ -62,7 +62,7 @@ class Room(Lab):
         """KVM_SET_USER_MEMORY_REGION; without a size the slot goes."""
         region = kvm.KvmUserspaceMemoryRegion(slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size,
                                               userspace_addr=addr)  # fmt: skip
-        self.kvm(region, expect)
+        self.call(region, expect)
 
     def ram_slot(self, slot: int = 0, gpa: int = 0, pages: int = 16, flags: int = 0) -> Memfd:
         """A slot over fresh memory."""
@@ -71,14 +71,14 @@ class Room(Lab):
         return file
 
     def enable(self, cap: int, value: int, expect: int = 0) -> None:
-        self.kvm(kvm.KvmEnableCap(cap=cap, args=(value, 0, 0, 0)), expect)
+        self.call(kvm.KvmEnableCap(cap=cap, args=(value, 0, 0, 0)), expect)
 
     def tdp_fd(self, expect: int = 0, **fields: int) -> int:
-        return self.kvm(kvm.KvmCreateTdpFd(**fields), expect).fd
+        return self.call(kvm.KvmCreateTdpFd(**fields), expect).fd
 
     def dirty_log(self, slot: int = 0, expect: int = 0) -> list[int]:
         """KVM_GET_DIRTY_LOG: the guest pages, by their number in the slot."""
-        self.kvm(kvm.KvmDirtyLog(slot=slot, dirty_bitmap=DATA), expect)
+        self.call(kvm.KvmDirtyLog(slot=slot, dirty_bitmap=DATA), expect)
         found = self.vm.slots[0].by_id.get(slot)
         if expect or found is None:
             return []
@@ -86,7 +86,7 @@ class Room(Lab):
         return [page for page in range(found.npages) if bits >> page & 1]
 
     def info(self) -> kvm.KvmTdpInfo:
-        return self.kvm(kvm.KvmTdpInfo())
+        return self.call(kvm.KvmTdpInfo())
 
     # ---- HWPTs ----
 

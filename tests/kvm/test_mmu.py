@@ -15,8 +15,8 @@ from .decode import Mapping, decode
 from .room import LOG, READONLY, Room
 
 MIB, GIB = 1 << 20, 1 << 30
-WRITABLE = {53, 55, 59, 60}  # host-writable, MMU-writable, present, no A/D bits
-READABLE = {59, 60}
+WRITABLE = frozenset({53, 55, 59, 60})  # host-writable, MMU-writable, present, no A/D bits
+READABLE = frozenset({59, 60})
 
 
 class Importer:
@@ -97,7 +97,7 @@ def test_the_narrowest_vcpu_decides_the_levels(width: int, levels: int) -> None:
 def test_large_pages(size: int, gpa: int, page: int, limit: int, want: int) -> None:
     room = Room(features=Features(max_level=limit))
     file = room.c.world.memfd(0)
-    file.data = Sparse(size + page * PAGE_SIZE)  # type: ignore[assignment]
+    file.data = Sparse(size + page * PAGE_SIZE)
     room.slot(0, gpa, room.c.process.map(file, size // PAGE_SIZE, page=page), size)
     room.vcpu()
     room.vm.vcpu_access(gpa + size - 1, READ)
@@ -128,7 +128,7 @@ def test_rights_are_those_of_the_slot_and_of_the_memory_behind_it() -> None:
         with pytest.raises(EFAULT):
             room.vm.vcpu_access(gpa, WRITE)
     assert {each.rights for each in table(room).values()} == {"r-x"}
-    assert {each.software for each in table(room).values()} == {frozenset(READABLE)}
+    assert {each.software for each in table(room).values()} == {READABLE}
 
 
 def test_nothing_where_there_is_no_slot_or_no_memory_behind_it() -> None:

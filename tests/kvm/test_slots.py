@@ -74,7 +74,7 @@ def test_dirty_log(room: Room) -> None:
     room.dirty_log(0, expect=ENOENT)
     (slot,) = room.vm.slots[0]
     room.slot(0, 0, slot.userspace_addr, 70 * PAGE_SIZE, LOG)
-    room.kvm(kvm.KvmDirtyLog(slot=0, dirty_bitmap=NOWHERE), EFAULT)
+    room.call(kvm.KvmDirtyLog(slot=0, dirty_bitmap=NOWHERE), EFAULT)
     room.vcpu()
     for page in (0, 7, 8, 63, 64, 69):
         room.vm.vcpu_access(page * PAGE_SIZE, 2)
@@ -110,8 +110,8 @@ def test_capabilities(room: Room) -> None:
         room.enable(kvm.KVM_CAP_TDP_MAXPHYADDR, value, EINVAL)
     room.enable(kvm.KVM_CAP_TDP_CHECK, 2, EINVAL)
     room.enable(kvm.KVM_CAP_USER_MEMORY, 1, EINVAL)
-    room.kvm(kvm.KvmEnableCap(cap=kvm.KVM_CAP_TDP_CHECK, flags=1), EINVAL)
-    room.kvm(kvm.KvmEnableCap(cap=kvm.KVM_CAP_TDP_CHECK, args=(1, 1, 0, 0)), EINVAL)
+    room.call(kvm.KvmEnableCap(cap=kvm.KVM_CAP_TDP_CHECK, flags=1), EINVAL)
+    room.call(kvm.KvmEnableCap(cap=kvm.KVM_CAP_TDP_CHECK, args=(1, 1, 0, 0)), EINVAL)
     room.enable(kvm.KVM_CAP_TDP_CHECK, 0)
     assert room.vm.mmu.checks is None
     assert room.memory.watchers == []

@@ -1,4 +1,4 @@
-"""KVM_CREATE_TDP_FD and its descriptor: every refusal in its order (SEMANTICS 1.2), and what the descriptor does (1.3)."""
+"""KVM_CREATE_TDP_FD and its descriptor: every refusal in its order (RFC p03, p35), and what the descriptor does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from iommufdd.errors import IommufdError
 from iommufdd.iommu.walk import EXEC, PRIV, READ, WRITE
 from iommufdd.kvm.tdp_fd import DEFAULT_POLLMASK
 from iommufdd.kvm.vm import Features
+from iommufdd.mm import Region
 from iommufdd.user import Gate
 from tests.core.harness import ARGUMENT, NOWHERE, Client
-from tests.core.world import Memfd, Region
+from tests.core.world import Memfd
 
 from .room import Room
 from .test_mmu import Importer
@@ -26,7 +27,7 @@ BUILT = Features()
 
 
 def spoiled(row: int) -> Room:
-    """A room in which the rows of 1.2 from `row` on all fail, as far as they can at once, and those before do not."""
+    """A room in which the rows from `row` on all fail, as far as they can at once, and those before do not."""
     features = Features(external_tdp=row > 2, metadata=row > 7, tdp_mmu=row > 9, hyperv=row <= 9)
     room = Room(features=features)
     room.vcpu()
@@ -144,7 +145,7 @@ def test_a_table_that_vcpus_have_is_shared_unless_its_levels_differ() -> None:
 
 
 def test_metadata() -> None:
-    """What the RFC's struct says, and the same in the dump: type, levels, root, largest page, and bit 11 in all masks."""
+    """What the RFC's struct says, the same as in the dump; bit 11 is in all masks."""
     room = Room(features=Features(max_level=2))
     room.enable(kvm.KVM_CAP_TDP_MAXPHYADDR, 46)
     assert room.info().type == 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from iommufdd.user import PageFile
 
     from .mmu import Entry
+    from .tdp_fd import TdpFile
     from .vm import Vm
 
 KEPT = 64  # texts
@@ -70,6 +71,11 @@ class Invariants:
         if not self.vm.mm.alive:
             self._broken(4, "a fault had success after the VMM's address space was gone")
         self.look()
+
+    def released(self, tdp: TdpFile) -> None:
+        """The last reference of an exported table is gone."""
+        if tdp.importers:
+            self._broken(5, f"the table's descriptor has gone before its {len(tdp.importers)} importers")
 
     def look(self) -> None:
         """What holds at any time."""

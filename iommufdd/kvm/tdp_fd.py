@@ -40,6 +40,8 @@ class TdpFile(File):
 
     def release(self) -> None:
         """The last descriptor and importer are gone: the table goes, and lets the VM go."""
+        if self.vm.mmu.checks is not None:
+            self.vm.mmu.checks.released(self)
         self.importers.clear()
         del self.vm.exported[self.as_id]
         self.vm.mmu.drop_root()

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo 'make demo         a VMM prototype against a private daemon, in three seconds'
-	@echo 'make test         all tests'
+	@echo 'make test         all tests [IOMMUFDD_ALL_PROGRAMS=1: every recorded program in every way]'
 	@echo 'make lint         ruff, mypy --strict, the import contracts'
 	@echo 'make conformance  replay what a real Linux 7.2 kernel answered [PROGRAMS=DIR]'
 	@echo "make selftest     the kernel's own iommufd tests, unmodified [LINUX_SRC=PATH] [SELFTEST='--rounds 3']"

@@ -33,9 +33,9 @@ machines:
 
 sockets:
   Clients connect to PATH (type SOCK_SEQPACKET); docs/PROTOCOL.md is the protocol. The admin socket
-  (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, and, for tests, credentials
-  and faults. Under systemd, sockets come by LISTEN_FDS (FileDescriptorName=admin marks the admin
-  socket) and readiness is told to NOTIFY_SOCKET.
+  (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, DMA of devices and how it is
+  translated, and, for tests, credentials and faults. Under systemd, sockets come by LISTEN_FDS
+  (FileDescriptorName=admin marks the admin socket) and readiness is told to NOTIFY_SOCKET.
 
 callers:
   Whether pages count against RLIMIT_MEMLOCK depends on the caller's uid, capabilities and limit.
@@ -44,8 +44,15 @@ callers:
   caps is none, or ipc_lock, sys_rawio and sys_resource joined by '+'. memlock is in bytes, or
   'unlimited'.
 
+sanitizer:
+  --sanitize watches the translations of all DMA, on machines with an IOMMU that translates: what a cache
+  gave is compared with what memory says. What was used although an invalidation was due that never came,
+  until its device was detached, goes to the log, and to 'iommufdctl sanitize'. --sanitize=fail also fails
+  DMA that meets such a translation again. A use before the invalidation came is counted, no more.
+
 exit status:
   0  stopped by SIGTERM or SIGINT, or --terminate and the last client has left
+  66 the same, with --sanitize=fail, and an invalidation never came
   1  could not start
   2  wrong usage
 
@@ -150,6 +157,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the admin socket set credentials of an address space",
     )
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--page-request-timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a device waits for the answer to a page request (default 10; 'inf': for ever)",
+    )
+    checks = parser.add_argument_group("checks")
+    checks.add_argument(
+        "--sanitize", "--sanitize=report", action="store_const", const="report", default="off",
+        help="report DMA through translations that should have been flushed",
+    )  # fmt: skip
+    checks.add_argument("--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and fail")
     output = parser.add_argument_group("output and tuning")
     output.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
@@ -178,6 +199,13 @@ def _microseconds(text: str) -> int:
     value = int(text)
     if not 0 <= value <= 1000:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
     return value
 
 
@@ -218,6 +246,8 @@ def _serve(args: argparse.Namespace, machines: Machines) -> int:
         virtual=args.caller or OWN,
         virtual_caller=args.virtual_caller,
         spin=args.spin_us / 1e6,
+        patience=args.page_request_timeout,
+        sanitize=args.sanitize,
     )
     try:
         admin = _open_sockets(server, args)
@@ -225,7 +255,7 @@ def _serve(args: argparse.Namespace, machines: Machines) -> int:
         trio.run(lambda: run(server, admin=admin, terminate=args.terminate))
     finally:
         server.close()
-    return 0
+    return server.sanitize.end() if server.sanitize is not None else 0
 
 
 def _open_sockets(server: Server, args: argparse.Namespace) -> socket.socket | None:

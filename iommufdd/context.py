@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from .iommu.group import IommuGroup
     from .machine import Machine
-    from .user import Caller, EventPort
+    from .user import Caller
 
 C = TypeVar("C", bound=Ioctl)
 
@@ -79,12 +79,12 @@ _COPY_IN = Gate.COPY_IN
 class Context(File):
     """struct iommufd_ctx: its file is referred to by channels, by the files it gave out and by bound devices."""
 
-    def __init__(self, machine: Machine, events: EventPort | None = None, *, container: bool = False) -> None:
+    def __init__(self, machine: Machine, *, container: bool = False) -> None:
         """container: opened as /dev/vfio/vfio, so pinned pages are charged by process as VFIO does."""
         self.refs = 1
         self.machine = machine
-        self.objects = ObjectTable(self, events)
-        self.events = events
+        self.events = machine.events
+        self.objects = ObjectTable(self, self.events)
         self.account_mode = Account.MM if container else Account.USER
         self.vfio_ioas: ioas.Ioas | None = None
         self.mmaps = MmapRegions()
@@ -96,14 +96,16 @@ class Context(File):
 
     def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """One ioctl(2): the result, or minus an errno with caller.error telling why."""
+        events = self.events
+        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
         caller.error = None
         try:
             rc = self._ioctl(caller, cmd, uptr)
         except IommufdError as error:
             caller.error = error
             rc = -error.errno
-        if self.events is not None:
-            self.events.ioctl(self, caller, cmd, uptr, rc)
+        if entered is not None:
+            events.ioctl(self, caller, cmd, uptr, rc, entered)
         return rc
 
     def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:

@@ -86,6 +86,12 @@ class EEXIST(IommufdError):
     errno = _errno.EEXIST
 
 
+class EACCES(IommufdError):
+    """A file that was not opened for this."""
+
+    errno = _errno.EACCES
+
+
 class ENODEV(IommufdError):
     """There is no such device or backing, or it has been revoked."""
 

@@ -18,6 +18,8 @@ from .objects import Holder, IommufdObject, ObjectType
 from .user import File, Gate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .context import Context
     from .iommu.group import AttachHandle, IopfGroup
     from .ucmd import Ucmd
@@ -44,12 +46,30 @@ class EventqFile(File, Holder):
         self.ictx.put()
 
     def read(self, caller: Caller, addr: int, count: int) -> int:
-        done = self.eventq.read(caller, addr, count)
+        done = self._transfer("read", self.eventq.read, caller, addr, count)
         self.changed()
         return done
 
     def write(self, caller: Caller, addr: int, count: int) -> int:
-        return self.eventq.write(caller, addr, count)
+        return self._transfer("write", self.eventq.write, caller, addr, count)
+
+    def _transfer(
+        self, verb: str, act: Callable[[Caller, int, int], int], caller: Caller, addr: int, count: int
+    ) -> int:
+        """Do it, and tell whoever listens."""
+        events = self.ictx.events
+        if not events.listening:
+            return act(caller, addr, count)
+        entered = events.enter(self.ictx, caller, 0, addr)
+        try:
+            done = act(caller, addr, count)
+        except IommufdError as error:
+            caller.error = error
+            events.transfer(self.eventq, verb, caller, addr, count, -error.errno, entered)
+            caller.error = None  # it keeps the frames of the call alive
+            raise
+        events.transfer(self.eventq, verb, caller, addr, count, done, entered)
+        return done
 
     def poll(self) -> int:
         return self.eventq.poll()

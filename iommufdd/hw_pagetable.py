@@ -208,6 +208,7 @@ def paging_alloc(
         hwpt.hold(ioas)
         caller.gate(Gate.DOMAIN)
         hwpt.domain = iommu.domain_alloc_paging(dev, flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, user_data)
+        hwpt.domain.hwpt_id = hwpt.id
         if idev.enforce_cache_coherency:
             hwpt.enforce_cache_coherency = hwpt.domain.enforce_cache_coherency()
             if not hwpt.enforce_cache_coherency:
@@ -287,6 +288,7 @@ def finish_nested(
         hwpt.hold(holds)
         ucmd.caller.gate(Gate.DOMAIN)
         hwpt.domain = alloc_domain()
+        hwpt.domain.hwpt_id = hwpt.id
     except IommufdError:
         objects.abort(hwpt)
         raise

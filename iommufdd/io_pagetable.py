@@ -90,6 +90,8 @@ class IoPagetable(IovaSpace):
                 raise EINVAL(f"the memory's offset in its page is not a multiple of {self.iova_alignment:#x}")
             area = Area(at, piece, readable=readable, writable=writable)
             self.areas.insert(area)
+            if isinstance(piece.pages, DmabufPages):
+                piece.pages.shown_in.add(self)
             areas.append(area)
             at += piece.length
         return iova
@@ -150,6 +152,13 @@ class IoPagetable(IovaSpace):
                 domain.unmapped(area.iova, area.last)
             area.pages.unfill(*area.indices())
         area.pages.put()
+
+    def pages_revoked(self, pages: DmabufPages) -> None:
+        """Flush them from the domains that had them."""
+        for area in self.areas:
+            if area.pages is pages and area.filled:
+                for domain in self.domains:
+                    domain.unmapped(area.iova, area.last)
 
     def _notify_unmap(self, area: Area) -> None:
         """iommufd_access_notify_unmap()"""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .description import MOCK
+from .iommu.dma import DmaQueue
 from .kvm.memory import HostMemory
-from .user import User
+from .user import Events, User
 
 if TYPE_CHECKING:
     from .description import MachineDescription
     from .iommu.ops import Device, IommuOps
     from .iommu.selftest_ops import SelftestIommu
+    from .sanitizer import Sanitizer
 
 TEMP_MEMORY_LIMIT = 65536  # selftest.c:iommufd_test_memory_limit
 
@@ -22,11 +24,14 @@ class Machine:
     def __init__(self, name: str, mock: SelftestIommu, description: MachineDescription = MOCK) -> None:
         """`name` is the instance's, '' for a private one; the description has the machine's."""
         self.name = name
+        self.events = Events(name)
         self.mock = mock
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
         self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
         self.memory = HostMemory()
+        self.dma = DmaQueue()  # what they do
+        self.sanitizer: Sanitizer | None = None
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}
 

@@ -10,6 +10,8 @@ from .objects import Holder, IommufdObject
 from .user import PAGE_SIZE, File
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .context import Context
     from .iommu import ops
 
@@ -57,25 +59,50 @@ class Vma(File, Holder):
         return f"a mapping at offset {self.region.offset:#x}"
 
 
-class MmapRegions:
+class Offsets:
     """The offsets given out: first fit from one page on (mt_mmap)."""
 
     def __init__(self) -> None:
+        self._lengths: dict[int, int] = {}  # by offset
+
+    def alloc(self, length: int) -> int:
+        offset = PAGE_SIZE
+        for start in sorted(self._lengths):
+            if start - offset >= length:
+                break
+            offset = start + self._lengths[start]
+        self._lengths[offset] = length
+        return offset
+
+    def length(self, offset: int) -> int:
+        """Bytes of what was given out there."""
+        return self._lengths[offset]
+
+    def free(self, offset: int) -> None:
+        """What lay there is gone."""
+        del self._lengths[offset]
+
+
+class MmapRegions:
+    """The regions of a context. Contexts whose registers one file shows have their offsets in common."""
+
+    def __init__(self, offsets: Offsets | None = None) -> None:
+        self._offsets = Offsets() if offsets is None else offsets
         self._regions: dict[int, MmapRegion] = {}  # by offset
+
+    def __iter__(self) -> Iterator[MmapRegion]:
+        return iter(self._regions.values())
 
     def alloc(self, owner: IommufdObject, length: int) -> MmapRegion:
         """_iommufd_alloc_mmap()"""
-        offset = PAGE_SIZE
-        for start in sorted(self._regions):
-            if start - offset >= length:
-                break
-            offset = start + self._regions[start].length
+        offset = self._offsets.alloc(length)
         region = self._regions[offset] = MmapRegion(owner, offset, length)
         return region
 
     def destroy(self, region: ops.MmapRegion) -> None:
         """_iommufd_destroy_mmap()"""
         backing = self._regions.pop(region.offset).backing
+        self._offsets.free(region.offset)
         if backing is not None:
             backing.close()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .context import Context
-    from .user import EventPort
+    from .user import Events
 
 MAX_ID = 2**31 - 1  # xa_limit_31b
 
@@ -97,7 +97,7 @@ O = TypeVar("O", bound=IommufdObject)  # noqa: E741
 class ObjectTable:
     """struct xarray objects of an iommufd_ctx: lowest free id from 1."""
 
-    def __init__(self, ictx: Context, events: EventPort | None) -> None:
+    def __init__(self, ictx: Context, events: Events) -> None:
         self._entries: dict[int, IommufdObject | None] = {}  # None: reserved, or a tombstone
         self._free: list[int] = []  # a heap of the ids below _next that are free
         self._next = 1
@@ -134,7 +134,7 @@ class ObjectTable:
     def finalize(self, obj: IommufdObject) -> None:
         """Publish: from now on other calls can see the object."""
         self._entries[obj.id] = obj
-        if self._events is not None:
+        if self._events.listening:
             self._events.object(self._ictx, "alloc", obj)
 
     def abort(self, obj: IommufdObject) -> None:
@@ -181,7 +181,7 @@ class ObjectTable:
         self._entries = {obj.id: obj for obj in list(self)}
 
     def _destroyed(self, obj: IommufdObject) -> None:
-        if self._events is not None:
+        if self._events.listening:
             self._events.object(self._ictx, "destroy", obj)
         obj.destroy()
 

@@ -7,9 +7,10 @@ it and kept until the last one lets go. Who maps, unmaps or exits in between doe
 from __future__ import annotations
 
 import enum
+import weakref
 from bisect import bisect_right
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .errors import EFAULT, EINVAL, ENODEV, ENOMEM, EPERM, IommufdError
 from .spans import UseCounts
@@ -351,10 +352,16 @@ class FilePages(Pages):
         return [PageRun(self.file, page, count)]
 
 
+class Mapper(Protocol):
+    """An IOVA space that shows pages."""
+
+    def pages_revoked(self, pages: DmabufPages) -> None: ...
+
+
 class DmabufPages(Pages):
     """Pages of a dma-buf (IOPT_ADDRESS_DMABUF): never accounted, never read by the CPU, gone when revoked."""
 
-    __slots__ = ("dmabuf", "revoked")
+    __slots__ = ("dmabuf", "revoked", "shown_in")
 
     def __init__(self, caller: Caller, dmabuf: Dmabuf, start: int, length: int, *, writable: bool) -> None:
         """iopt_alloc_dmabuf_pages(): EINVAL beyond the end, ENODEV revoked."""
@@ -365,6 +372,7 @@ class DmabufPages(Pages):
             raise ENODEV("the dma-buf is revoked")
         self.account = Account.NONE
         self.revoked = False
+        self.shown_in: weakref.WeakSet[Mapper] = weakref.WeakSet()
         self.dmabuf = dmabuf
         dmabuf.get()
         dmabuf.importers.append(self)
@@ -400,8 +408,11 @@ class DmabufPages(Pages):
         raise EINVAL("a dma-buf cannot be accessed by the CPU")
 
     def revoke(self) -> None:
-        """iopt_revoke_notify(): the pages leave every domain, for good."""
-        self.revoked = True
+        """iopt_revoke_notify(): the pages leave every domain, for good, and what these have cached of them too."""
+        if not self.revoked:
+            self.revoked = True
+            for mapper in list(self.shown_in):
+                mapper.pages_revoked(self)
 
 
 class Dmabuf(PageFile):

@@ -7,6 +7,8 @@ from typing import Protocol, TypeAlias
 from iommufd_uapi.iommufd_test import MOCK_FLAGS_DEVICE_PASID
 
 from .description import MOCK, AnyIommu, DeviceDescription, MachineDescription, VtdIommu
+from .hardware_events import connect
+from .iommu.endpoint import Endpoint
 from .iommu.group import IommuGroup
 from .iommu.mock import MockIommu
 from .iommu.ops import Device, IommuOps
@@ -35,7 +37,10 @@ def new_machine(name: str, description: MachineDescription = MOCK) -> Machine:
         group = IommuGroup(iommu.blocked_domain)
         if device.group is not None:
             group = groups.setdefault(device.group, group)
-        machine.devices[device.name] = _new_device(iommu, device, group)
+        dev = machine.devices[device.name] = _new_device(iommu, device, group)
+        if isinstance(dev, Endpoint):
+            dev.queue = machine.dma
+    connect(machine.events, machine.iommus.values())
     return machine
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.iommu.wrong import the_wrong_page_is_flushed
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -26,16 +28,32 @@ def test_the_prototype_is_the_example_and_runs() -> None:
 
 
 def test_the_unmodified_program_runs() -> None:
-    (block,) = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    done = in_a_shell(0)
+    assert done.stdout == "ioas 1\n"
+    assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
+
+
+def test_the_trace_is_what_it_says() -> None:
+    shown = re.search(r"^    (.* IOMMU_IOAS_ALLOC\(.*)$", README, re.MULTILINE)
+    assert shown is not None
+
+    def masked(line: str) -> str:
+        line = re.sub(r"\b\d+\.\d{6}\b|(?<=iommufd:)\d+|\b\d+(?= \()", "N", line)
+        return re.sub(r"\(python[\d.]*\)", "(python)", line)
+
+    assert masked(in_a_shell(1).stderr.rstrip("\n")) == masked(shown[1])
+
+
+def in_a_shell(number: int) -> subprocess.CompletedProcess[str]:
+    """One of the shell examples, with the command of this tree."""
+    block = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[number]
     command = "iommufdctl run"
     assert block.startswith(command)
     here = f"{shlex.quote(sys.executable)} -m iommufd_client.cli run"
     probe = subprocess.run(f"{here} -- true", shell=True, capture_output=True, text=True, timeout=60)
     if probe.returncode:
         pytest.skip(probe.stderr.strip())
-    done = subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "ioas 1\n"
-    assert "IOMMU_DESTROY = ENOENT: there is no object 77" in done.stderr
+    return subprocess.run(block.replace(command, here), shell=True, capture_output=True, text=True, timeout=60)
 
 
 def test_the_machine_file_is_good_and_the_complaint_is_what_it_says(tmp_path: Path) -> None:
@@ -54,6 +72,13 @@ def test_the_machine_file_is_good_and_the_complaint_is_what_it_says(tmp_path: Pa
     (tmp_path / "lab.toml").write_text(block.replace("ats = true\n", ""))
     status, complaint = check()
     assert (status, f"`{complaint.strip()}`" in README) == (1, True), complaint
+
+
+def test_the_report_is_what_that_program_is_told() -> None:
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    vmm, _ = the_wrong_page_is_flushed()
+    vmm.end()
+    assert block.splitlines() == [f"iommufd: {line}" for line in vmm.sanitizer.summary()]
 
 
 def test_the_drawing_shows_every_module_of_the_core() -> None:
@@ -78,7 +103,7 @@ def test_the_make_targets_exist() -> None:
 
 def test_the_verbs_exist() -> None:
     named = set(re.findall(r"`iommufdctl (\w+)", README))
-    assert {"run", "mount", "doctor"} <= named
+    assert {"run", "mount", "doctor", "trace"} <= named
     for verb in named:
         command = [sys.executable, "-m", "iommufd_client.cli", verb, "--help"]
         done = subprocess.run(command, capture_output=True, timeout=60)

@@ -13,11 +13,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .admin import Admin as Admin
     from .call import IommufdOSError as IommufdOSError
     from .channel import Batch as Batch
     from .channel import ProtocolError as ProtocolError
     from .connection import Connection as Connection
     from .device import VfioDevice as VfioDevice
+    from .endpoint import DmaError as DmaError
+    from .endpoint import Endpoint as Endpoint
     from .files import Fd as Fd
     from .files import File as File
     from .guest import GuestMemory as GuestMemory
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Admin": "admin",
     "IommufdOSError": "call",
     "Batch": "channel",
     "ProtocolError": "channel",
     "Connection": "connection",
     "VfioDevice": "device",
+    "DmaError": "endpoint",
+    "Endpoint": "endpoint",
     "Fd": "files",
     "File": "files",
     "GuestMemory": "guest",

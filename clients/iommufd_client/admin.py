@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from iommufd_uapi import admin
+from iommufd_uapi.events import USUAL
 
 from .call import IommufdOSError
 from .channel import ProtocolError
 from .connection import default_socket_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from iommufd_uapi.events import AnyEvent
+
+    from .endpoint import Endpoint, Opened
 
 R = TypeVar("R", bound=admin.Reply)
 
 
 class Admin:
-    """A connection to the admin socket: what is open; and, for tests, other credentials and injected faults."""
+    """A connection to the admin socket: what is open, what devices do; and, for tests, credentials and faults."""
 
     def __init__(self, socket_path: str | None = None, *, timeout: float = 10.0) -> None:
         """`socket_path` is the admin socket itself, by default the daemon's with `.admin`. OSError."""
@@ -36,8 +41,10 @@ class Admin:
     def ask(self, request: admin.Request) -> bytes:
         """One request; the line that answers it."""
         self._sock.sendall(admin.encode(request))
-        while b"\n" not in self._received:
-            data = self._sock.recv(1 << 16)
+        seen = 0
+        while self._received.find(b"\n", seen) < 0:
+            seen = len(self._received)
+            data = self._sock.recv(1 << 20)
             if not data:
                 raise ConnectionResetError("the daemon closed the admin socket")
             self._received += data
@@ -77,6 +84,65 @@ class Admin:
         """Let the nth acquisition from now fail (0: none), or ask what has failed."""
         return self._request(admin.Fault(mm, nth), admin.Gates).gates
 
+    def endpoint(self, device: str, instance: str | Opened = "") -> Endpoint:
+        """A device by name, of a machine that is named or that an open /dev/iommu is on."""
+        from .endpoint import Endpoint
+
+        return Endpoint(self, device, instance)
+
+    def dma(self, request: admin.Dma) -> admin.Moved:
+        """One DMA of at most 1 MiB to its end, however long that takes: see Endpoint."""
+        before = self._sock.gettimeout()
+        self._sock.settimeout(None)
+        try:
+            return self._request(request, admin.Moved)
+        finally:
+            self._sock.settimeout(before)
+
+    def walk(
+        self,
+        device: str,
+        iova: int,
+        *,
+        instance: str = "",
+        pasid: int | None = None,
+        op: Literal["read", "write"] = "read",
+        privileged: bool = False,
+    ) -> admin.Walked:
+        """How a request of a device would be translated. ENOENT, EINVAL."""
+        return self._request(admin.Walk(device, iova, instance, pasid, op, privileged), admin.Walked)
+
+    def trace(
+        self,
+        *,
+        pids: Sequence[int] = (),
+        machine: str | None = None,
+        only: Iterable[str] = USUAL,
+        failed: bool = False,
+    ) -> tuple[int, Iterator[AnyEvent]]:
+        """Follow what happens: the time now, and events until the daemon ends. EINVAL, EMFILE.
+
+        The connection serves for nothing else from then on; close it to stop.
+        """
+        request = admin.Trace(list(pids), machine, sorted(only), failed)
+        return self._request(request, admin.Tracing).time, self._events()
+
+    def _events(self) -> Iterator[AnyEvent]:
+        self._sock.settimeout(None)
+        while True:
+            *lines, rest = self._received.split(b"\n")
+            self._received = rest
+            for line in lines:
+                yield admin.decode_event(bytes(line))
+            data = self._sock.recv(1 << 16)
+            if not data:
+                return
+            self._received += data
+
+    def sanitize(self, machine: str | None = None, *, settle: bool = False) -> list[admin.Findings]:
+        """What the sanitizer has found, for each machine; settle: what was not flushed until now never was. ENOENT."""
+        return self._request(admin.Sanitize(machine, settle), admin.Sanitized).machines
+
     def close(self) -> None:
         self._sock.close()
 
@@ -85,3 +151,12 @@ class Admin:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def connect(socket_path: str | None, admin_socket: str | None) -> Admin:
+    """The admin socket at its own path, or of the daemon at `socket_path`; OSError says which and what to do."""
+    path = admin_socket or (socket_path or default_socket_path()) + ".admin"
+    try:
+        return Admin(path)
+    except OSError as error:
+        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None

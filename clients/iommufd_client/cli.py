@@ -32,6 +32,10 @@ examples:
   iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
+  iommufdctl dma vfio0 read 0x1000 64   what a device reads there, or why it cannot
+  iommufdctl walk vfio0 0x1000          how that address is translated
+  iommufdctl trace --failed             which calls fail, and why
+  iommufdctl sanitize                   DMA through translations that nobody has flushed
   iommufdctl ioctls IOAS_MAP            size, pointers and descriptors of an ioctl
 """
 
@@ -73,6 +77,26 @@ examples:
   iommufdctl doctor --json ping | jq -r '.way, .reason'     run, mount or none
 """
 
+SANITIZE = """\
+Print what the translation sanitizer of a daemon has found so far: DMA that used a cached translation although the
+page table had changed and the invalidation that was due never came, or has not come yet. The daemon watches its
+machines if it was started with --sanitize, or the machine of an 'iommufdctl run --sanitize'."""
+
+SANITIZE_EPILOG = """\
+report:
+  never flushed      the device was detached, or --settle given, before an invalidation covered it
+  not flushed yet    the invalidation may still come: a use before it comes is no mistake
+  came               invalidations that did not do it, and why
+
+exit status:
+  0 nothing was never flushed; 1 something was, or no daemon, or no such machine; 2 for wrong usage
+
+examples:
+  iommufdctl sanitize
+  iommufdctl sanitize --machine pair --settle
+  iommufdctl sanitize --json | jq '.machines[].never'
+"""
+
 IOCTLS = """\
 List the ioctls of /dev/iommu with their numbers, structs and sizes, the memory their pointers name and the
 descriptors they take and give. The second size is the least that the kernel accepts."""
@@ -89,8 +113,13 @@ Start a private daemon and be a small VMM: address space, guest memory, device, 
 calls that fail and why, and what the daemon has open meanwhile. Needs no privilege and leaves nothing behind."""
 
 DEMO_EPILOG = """\
-example:
+stories:
+  vmm   as above (the default)
+  kvm   a device walks a VM's own page table: nothing is pinned, what misses is asked for, what goes is flushed
+
+examples:
   iommufdctl demo
+  iommufdctl demo kvm
 """
 
 
@@ -129,7 +158,9 @@ def capabilities() -> dict[str, object]:
         "version": __version__,
         "protocol": wire.VERSION,
         "kernel": "7.2",
-        "commands": ["demo", "doctor", "ioctls", "machine", "mount", "run", "show"],
+        "commands": [
+            "demo", "dma", "doctor", "ioctls", "machine", "mount", "run", "sanitize", "show", "trace", "walk"
+        ],
         "features": ["json", "socket-path"],
         "ioctls": [struct.MACRO for struct in STRUCTS],
     }
@@ -164,6 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     _json(show)
     show.set_defaults(run=_show)
 
+    sanitize = command("sanitize", "DMA through translations that were not flushed", SANITIZE, SANITIZE_EPILOG)
+    _socket_path(sanitize)
+    sanitize.add_argument("--admin-socket", metavar="PATH", help="its admin socket (default: the socket with .admin)")
+    sanitize.add_argument("--machine", metavar="INSTANCE", help="of the machine of this name alone")
+    sanitize.add_argument("--settle", action="store_true", help="what is not flushed yet never will be")
+    _json(sanitize)
+    sanitize.set_defaults(run=_sanitize)
+
     doctor = command("doctor", "what works on this host", DOCTOR, DOCTOR_EPILOG)
     _socket_path(doctor)
     _json(doctor)
@@ -176,12 +215,16 @@ def _parser() -> argparse.ArgumentParser:
     _json(ioctls)
     ioctls.set_defaults(run=_ioctls)
 
-    from . import machine_options, mount_options, run_options
+    from . import hardware_options, machine_options, mount_options, run_options, trace
 
     run_options.add(command)
     mount_options.add(command)
     machine_options.add(command)
-    command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG).set_defaults(run=_demo)
+    hardware_options.add(command)
+    trace.add(command)
+    demo = command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG)
+    demo.add_argument("story", nargs="?", default="vmm", choices=("vmm", "kvm"), metavar="STORY", help="vmm or kvm")
+    demo.set_defaults(run=_demo)
     return parser
 
 
@@ -201,11 +244,9 @@ def _print_json(value: object) -> int:
 
 
 def _paint() -> Paint:
-    """Colours on a terminal that has them, unless they are not wanted (https://no-color.org)."""
-    from .show import ansi, plain
+    from .show import terminal
 
-    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return ansi if wanted else plain
+    return terminal()
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -214,22 +255,36 @@ def _paint() -> Paint:
 def _show(args: argparse.Namespace) -> int:
     from iommufd_uapi import admin as requests
 
-    from .admin import Admin
-    from .connection import default_socket_path
+    from .admin import connect
     from .show import render
 
-    path = args.admin_socket or (args.socket_path or default_socket_path()) + ".admin"
-    try:
-        opened = Admin(path)
-    except OSError as error:
-        raise OSError(f"no daemon answers at {path}: {error.strerror}; iommufdctl doctor knows more") from None
-    with opened as admin:
+    with connect(args.socket_path, args.admin_socket) as admin:
         if not args.json:
             print(render(admin.show(), _paint()))
             return 0
         import json
 
         return _print_json(json.loads(admin.ask(requests.Show())))
+
+
+def _sanitize(args: argparse.Namespace) -> int:
+    from iommufd_uapi import admin as requests
+
+    from .admin import connect
+
+    with connect(args.socket_path, args.admin_socket) as admin:
+        found = admin.sanitize(args.machine, settle=args.settle)
+    if args.json:
+        import json
+
+        _print_json(json.loads(requests.encode(requests.Sanitized(found))))
+    elif not found:
+        print("no machine is open")
+    for machine in () if args.json else found:
+        name = f"machine {machine.machine!r}" if machine.machine else "a private machine"
+        print(f"{name}: the sanitizer is off" if machine.mode == "off" else f"{name}, mode {machine.mode}:")
+        print("".join(f"  {line}\n" for line in machine.lines), end="")
+    return int(any(machine.never for machine in found))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -255,8 +310,10 @@ def _ioctls(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
-
+    if args.story == "kvm":
+        from .demo_kvm import run
+    else:
+        from .demo import run
     return run(_paint())
 
 

@@ -3,7 +3,8 @@
 `run` serves static, dynamic and Go programs and scripts alike. Not seen are system calls of 32-bit programs; under
 no_new_privs set-user-ID, set-group-ID and file capabilities have no effect; and memory of a program that its user
 may not read can be looked into by root only. `mount` serves the first two: 32-bit programs but for ioctls that return
-descriptors, and privileged ones when root mounts, as a user namespace of somebody else knows no other users.
+descriptors, and privileged ones when root mounts, as a user namespace of somebody else knows no other users. What FUSE
+leaves to the kernel `mount --exact` answers for 64-bit programs, where seccomp can be listened to.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RUN, MOUNT, NONE = "run", "mount", "none"
+LISTENING = {"run: machine", "run: seccomp", "run: listener"}  # checks of `run` that count for mount --exact
 DEEPEST = 5  # scripts of scripts, as in the kernel
 SOCKET = "/run/iommufdd/iommufdd.sock"  # of a daemon that runs as root
 NATIVE = {"x86_64": (EM_X86_64, EM_386), "aarch64": (EM_AARCH64, EM_ARM)}  # 64 and 32 bits
@@ -184,11 +186,12 @@ def choose(program: Program, words: Sequence[str], failing: Sequence[str], mount
         return Way(NONE, f"iommufdd does not work here ({', '.join(nothing)})")
     if elf is not None and elf.bits == 32:
         reason = "a 32-bit program, whose system calls run does not see"
-        return _by_mount(line, reason, failing, mounts)._replace(complete=False)
+        return _by_mount(f"/dev/iommu -- {line}", reason, failing, mounts)._replace(complete=False)
     if program.privileges and _root_may_mount(mounts):
-        return _privileged(program, line)
+        return _privileged(program, line, failing)
     if failing:
-        return _by_mount(line, f"run does not work here ({', '.join(failing)})", failing, mounts)
+        reason = f"run does not work here ({', '.join(failing)})"
+        return _by_mount(f"{_exactly(failing)}/dev/iommu -- {line}", reason, failing, mounts)
     if not program.readable and os.geteuid():
         reason = "only a daemon of root may look into it, because you may not read its file"
         return Way(RUN, reason, (f"iommufdctl run --socket-path {SOCKET} -- {line}",))
@@ -203,17 +206,22 @@ def _root_may_mount(mounts: str) -> bool:
     return mounts == ALL if os.geteuid() == 0 else os.path.exists(DEV_FUSE)
 
 
-def _privileged(program: Program, line: str) -> Way:
+def _exactly(failing: Sequence[str]) -> str:
+    """The option of mount, where its listener can be had; 64-bit programs alone have a use for it."""
+    return "" if LISTENING & set(failing) else "--exact "
+
+
+def _privileged(program: Program, line: str, failing: Sequence[str]) -> Way:
     reason = f"for {_list(program.privileges)}, which run would take away"
     if os.geteuid() == 0:
-        return Way(MOUNT, reason, (f"iommufdctl mount /dev/iommu -- {line}",))
+        return Way(MOUNT, reason, (f"iommufdctl mount {_exactly(failing)}/dev/iommu -- {line}",))
     return Way(MOUNT, f"{reason}; only root can", ("sudo iommufdctl mount /dev/iommu", line))
 
 
-def _by_mount(line: str, reason: str, failing: Sequence[str], mounts: str) -> Way:
+def _by_mount(words: str, reason: str, failing: Sequence[str], mounts: str) -> Way:
     if not mounts or any(not _mount_copes(topic, mounts) for topic in failing):
         return Way(NONE, f"{reason}; mount might, but does not work here")
-    return Way(MOUNT, reason, (f"iommufdctl mount /dev/iommu -- {line}",))
+    return Way(MOUNT, reason, (f"iommufdctl mount {words}",))
 
 
 def _mount_copes(topic: str, mounts: str) -> bool:

@@ -184,8 +184,10 @@ def mount() -> Iterator[Finding]:
     advice = "only for what run cannot serve (doctor CMD says what it is): "
     if for_whom == ALL:
         yield Finding("mount", OK, "a /dev/iommu for everybody can be mounted")
+        yield _exact()
     elif for_whom == ONE:
         yield Finding("mount", OK, "a /dev/iommu for one program can be mounted: iommufdctl mount /dev/iommu -- CMD")
+        yield _exact()
     elif not os.path.exists(path):
         yield Finding("mount", NOTE, f"{path} is not there", f"{advice}modprobe fuse")
     elif not os.access(path, os.R_OK | os.W_OK):
@@ -193,6 +195,15 @@ def mount() -> Iterator[Finding]:
     else:
         why = probe.said(probe.outcome(probe.mount_for_one))
         yield Finding("mount", NOTE, f"not here: {why}", f"{advice}be root, or allow user namespaces")
+
+
+def _exact() -> Finding:
+    """Whether CMD can have a listener besides."""
+    topic, numbers = "mount --exact", seccomp.native()
+    if numbers is None or probe.outcome(lambda: _ignore(probe.listen(numbers))):
+        return Finding(topic, NOTE, "no seccomp listener here: mmap() and reads of nothing differ from a device's")
+    seen = "mmap() and reads of nothing are a device's too: iommufdctl mount --exact /dev/iommu -- CMD"
+    return Finding(topic, OK, seen)
 
 
 CHECKS = (

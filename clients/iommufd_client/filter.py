@@ -1,4 +1,4 @@
-"""Room client: the seccomp filter of `iommufdctl run`, classic BPF made of a few lines of assembler.
+"""Room client: the seccomp filters of `run` and of `mount --exact`, classic BPF made of a few lines of assembler.
 
 What is cheap is decided here, in the kernel: only opens for reading and writing, ioctls of iommufd's type, and
 calls on descriptor numbers from a base on (where the daemon puts its own) are notified. All else runs at its speed.
@@ -10,15 +10,17 @@ import os
 import struct
 from typing import NamedTuple
 
-from iommufd_uapi.seccomp import SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, Syscalls
+from iommufd_uapi.seccomp import MARK, SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, VFS_IOCTLS, Syscalls
 
 LD_ABS, ALU_AND, ALU_RSH, JMP_JA, RET = 0x20, 0x54, 0x74, 0x05, 0x06  # include/uapi/linux/bpf_common.h
 JEQ, JGE, JSET = 0x15, 0x35, 0x45
 INSTRUCTION = struct.Struct("<HBBI")  # struct sock_filter
 NR, ARCH, ARGS = 0, 4, 16  # offsets in struct seccomp_data
+HIGH = 4  # of the upper half of an argument
 
 O_ACCMODE, O_RDWR = 3, 2
 MAP_ANONYMOUS = 0x20
+MAP_DENYWRITE = 0x800  # the mark of glibc's loader
 F_DUPFD, F_DUPFD_CLOEXEC = 0, 1030
 X32_SYSCALL_BIT = 0x4000_0000
 IOC_TYPE = ord(";")
@@ -49,6 +51,14 @@ def program(numbers: Syscalls, base: int, *, proc: bool = False, caps: bool = Fa
     capget and capset.
     """
     return assemble(_lines(numbers, base, proc=proc, caps=caps))
+
+
+def exact_program(numbers: Syscalls) -> bytes:
+    """The filter of `mount --exact`: what never reaches a FUSE file.
+
+    mmap of a file, but not glibc's loader's; reads and writes of nothing; the ioctls that the VFS answers itself.
+    """
+    return assemble(_exact_lines(numbers))
 
 
 def _lines(n: Syscalls, base: int, *, proc: bool, caps: bool) -> list[Line]:
@@ -98,6 +108,39 @@ def _lines(n: Syscalls, base: int, *, proc: bool, caps: bool) -> list[Line]:
         Jump(JGE, 1 << 31, "allow2"),
         Jump(JGE, base, "notify"),
         "allow2",
+        Plain(RET, SECCOMP_RET_ALLOW),
+        "notify",
+        Plain(RET, SECCOMP_RET_USER_NOTIF),
+    ]
+
+
+def _exact_lines(n: Syscalls) -> list[Line]:
+    counted = [n.read, n.write, n.pread64, n.pwrite64, n.readv, n.writev, n.preadv, n.pwritev, n.preadv2, n.pwritev2]
+    labels = [(n.mmap, "mmap"), (n.ioctl, "ioctl"), *((number, "count") for number in counted)]
+    return [
+        _load(ARCH),
+        Jump(JEQ, n.audit, "native"),
+        _go("allow"),
+        "native",
+        _load(NR),
+        *(Jump(JEQ, number, label) for number, label in labels),
+        _go("allow"),
+        "mmap",
+        _load(_arg(3)),
+        Jump(JSET, MAP_ANONYMOUS | MAP_DENYWRITE, "allow"),
+        _load(_arg(4)),
+        Jump(JGE, 1 << 31, "allow"),
+        _load(_arg(4) + HIGH),
+        Jump(JEQ, MARK, "allow"),
+        _go("notify"),
+        "count",
+        _load(_arg(2)),
+        Jump(JEQ, 0, "notify"),
+        _go("allow"),
+        "ioctl",
+        _load(_arg(1)),
+        *(Jump(JEQ, cmd, "notify") for cmd in VFS_IOCTLS),
+        "allow",
         Plain(RET, SECCOMP_RET_ALLOW),
         "notify",
         Plain(RET, SECCOMP_RET_USER_NOTIF),

@@ -1,4 +1,4 @@
-"""Room client: what `iommufdctl run` does while CMD runs.
+"""Room client: what `iommufdctl run`, and `mount --exact`, do while CMD runs.
 
 It waits for CMD, passes signals on, prints what the daemon says, and opens for it what it may not (reach.py). When the
 daemon dies the keeper answers in its place: ENODEV for what is /dev/iommu's, and everything else goes on as if nobody
@@ -21,8 +21,12 @@ import signal
 import socket
 import struct
 import sys
+from typing import TYPE_CHECKING
 
 from iommufd_uapi import seccomp
+
+if TYPE_CHECKING:
+    from .follower import Follower
 
 SIGINFO = struct.Struct("<IiiI112x")  # struct signalfd_siginfo: signo, errno, code, pid
 SI_KERNEL = 0x80  # a key on the terminal: the whole foreground group has it
@@ -55,6 +59,9 @@ def check_welcome(reply: bytes) -> None:
 class Keeper:
     """One run of CMD."""
 
+    farewell = "/dev/iommu answers ENODEV from now on"  # when the daemon is gone
+    in_work: int | None = -errno.ENODEV  # the answer to the call it had in work; None: the kernel's
+
     def __init__(
         self,
         connection: socket.socket,
@@ -65,9 +72,11 @@ class Keeper:
         *,
         front: int,
         welcome: bool,
+        follower: Follower | None = None,
     ) -> None:
         """`front`: a pipe to wait_for_keeper(). `welcome`: the reply to the hello is still to come."""
         self.front = front
+        self.follower = follower
         self.welcome = welcome
         self.connection = connection
         self.listener = listener
@@ -75,6 +84,7 @@ class Keeper:
         self.child = child
         self.numbers = numbers
         self.daemon_lives = True
+        self.verdict = 0  # the exit status if CMD's own is 0
         self._status: int | None = None  # of CMD
         self._signals = -1
         self._poll = select.poll()
@@ -84,21 +94,32 @@ class Keeper:
         self._signals = _signalfd(FORWARDED | {signal.SIGCHLD})
         for fd in (self._signals, self.connection.fileno()):
             self._poll.register(fd, select.POLLIN)
+        if self.follower is not None:
+            self._poll.register(self.follower, select.POLLIN)
         self._reap()
         while self._status is None:
             self._turn()
         self._outlive(self._status, last_words=last_words)
-        return self._status
+        return self._status or self.verdict
 
     def _turn(self) -> None:
         """Whatever comes next."""
         ready = dict(self._poll.poll())
+        self._follow(ready)
         if self._signals in ready:
             self._signal(os.read(self._signals, SIGINFO.size))
         if self.connection.fileno() in ready:
             self._listen()
         if self.listener in ready:
             self.answer(ready[self.listener])
+
+    def _follow(self, ready: dict[int, int]) -> None:
+        """What the daemon tells of events."""
+        follower = self.follower
+        if follower is not None and follower.fileno() in ready and not follower.pump():
+            self._poll.unregister(follower)
+            follower.close()
+            self.follower = None
 
     def _signal(self, data: bytes) -> None:
         number, _, _, sender = SIGINFO.unpack(data)
@@ -129,7 +150,10 @@ class Keeper:
             except RunError as error:
                 sys.stderr.write(f"iommufdctl: {error}\n")
         elif text.startswith(b"\0"):
-            self._hand_over(text)
+            if len(text) == 2:
+                self.verdict = text[1]
+            else:
+                self._hand_over(text)
         elif text:
             sys.stderr.write("".join(f"iommufd: {line}\n" for line in text.decode(errors="replace").splitlines()))
             sys.stderr.flush()
@@ -153,6 +177,7 @@ class Keeper:
         if not self._processes_left():
             if last_words:
                 self._last_words()
+            self._finish_trace()
             return
         die_with_parent(0)
         os.setsid()
@@ -163,6 +188,7 @@ class Keeper:
         os.close(self.front)
         while self.daemon_lives or self._processes_left():
             self._turn()
+        self._finish_trace()
 
     def _processes_left(self) -> bool:
         poll = select.poll()
@@ -175,17 +201,22 @@ class Keeper:
         while self.daemon_lives:
             self._listen()
 
+    def _finish_trace(self) -> None:
+        """The rest: the daemon closes the socket when it has told all."""
+        while self.follower is not None and self.follower.pump():
+            pass
+
     # ---- in place of the daemon ----
 
     def _take_over(self) -> None:
         """Answer the call that the daemon had in work, and those that come."""
         if not self._processes_left():
             return
-        sys.stderr.write("iommufdctl: the daemon is gone; /dev/iommu answers ENODEV from now on\n")
+        sys.stderr.write(f"iommufdctl: the daemon is gone; {self.farewell}\n")
         sys.stderr.flush()
         current = int.from_bytes(self.page[:8], "little")
         if current:
-            self._send(current, -errno.ENODEV)
+            self._send(current, self.in_work)
         self._poll.register(self.listener, select.POLLIN)
 
     def answer(self, mask: int) -> None:
@@ -200,12 +231,12 @@ class Keeper:
             return  # killed meanwhile
         notification, pid, _, nr, _, _, *args = seccomp.NOTIF.unpack(data)
         try:
-            ours = self._is_ours(pid, nr, args)
+            ours = self.is_ours(pid, nr, args)
         except (OSError, OverflowError):
             ours = False
         self._send(notification, -errno.ENODEV if ours else None)
 
-    def _is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
+    def is_ours(self, pid: int, nr: int, args: list[int]) -> bool:
         """Whether the call was the daemon's to answer. OSError."""
         numbers = self.numbers
         if nr in (numbers.open, numbers.openat, numbers.openat2):

@@ -16,7 +16,8 @@ import threading
 from typing import NamedTuple
 
 from . import namespace, run
-from .keeper import FORWARDED, PATIENCE, SI_KERNEL, RunError, check_welcome, die_with_parent
+from .exact import exact_keeper, exact_listener
+from .keeper import FORWARDED, PATIENCE, SI_KERNEL, Keeper, RunError, check_welcome, die_with_parent
 from .machine_options import Choice
 from .run import EXPLAIN, SUMMARY
 
@@ -25,6 +26,7 @@ OTHERS, CONTAINER = 8, 16
 DEV_FUSE = "/dev/fuse"
 MAX_READ = 40 * 3072  # whole records of a fault queue; less than FUSE's 32 pages
 AT_FDCWD, AT_STATX_DONT_SYNC = -100, 0x4000
+TOLD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # each ends a mount for everybody
 
 
 class Options(NamedTuple):
@@ -37,6 +39,7 @@ class Options(NamedTuple):
     caller: str = ""
     explain: bool = False
     summary: bool = False
+    exact: bool = False  # also what never reaches a FUSE file; needs a command
 
 
 def mount(options: Options) -> int:
@@ -45,18 +48,25 @@ def mount(options: Options) -> int:
         raise RunError(f"{DEV_FUSE} cannot be opened: modprobe fuse, or mode 0666 for it")
     if not options.command and os.geteuid():
         raise RunError("only root can mount for everybody; others give a command: iommufdctl mount PATH -- CMD")
+    if options.exact:
+        return run.with_keeper(lambda front: _mount(options, front))
+    return _mount(options, -1)
+
+
+def _mount(options: Options, front: int) -> int:
+    """`front`: for the keeper of --exact. RunError, OSError."""
     # A private daemon ends when the mount has: nobody waits for it.
     connection, _ = run.connect(options.socket_path) if options.socket_path else run.spawn(options.machine)
     with connection:
-        return _command(options, connection) if options.command else _everybody(options, connection)
+        return _command(options, connection, front) if options.command else _everybody(options, connection)
 
 
-def _hand_over(connection: socket.socket, options: Options, device: int, dev: int, flags: int) -> None:
-    """The hello, and the daemon's answer. RunError."""
+def _hand_over(connection: socket.socket, options: Options, fds: list[int], dev: int, flags: int) -> None:
+    """The hello, and the daemon's answer; the descriptors are /dev/fuse, and those of a listener. RunError."""
     flags |= EXPLAIN * options.explain | SUMMARY * options.summary
     flags |= CONTAINER * (os.path.basename(options.path) == "vfio")
     hello = run.HELLO.pack(run.MAGIC, run.VERSION, MOUNT, flags, 0, dev, 0, options.machine.name.encode(), b"")
-    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device])
+    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)
     try:
         connection.sendmsg([hello + options.caller.encode()], [rights])
         check_welcome(connection.recv(4096))
@@ -99,9 +109,10 @@ def _everybody(options: Options, connection: socket.socket) -> int:
         raise RunError(f"cannot mount on {path}: {error.strerror}") from None
     try:
         try:
-            _hand_over(connection, options, device, dev, OTHERS)
+            _hand_over(connection, options, [device], dev, OTHERS)
         finally:
             os.close(device)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)  # before anybody knows that we are here to be told
         print(f"{path} is ready; SIGINT or SIGTERM ends it", flush=True)
         return _until_told(connection)
     finally:
@@ -127,10 +138,8 @@ def _until_told(connection: socket.socket) -> int:
         ended.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    told = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)
     threading.Thread(target=relay, daemon=True).start()
-    signal.sigwait(told)
+    signal.sigwait(TOLD)
     if ended.is_set():
         sys.stderr.write("iommufdctl: the daemon is gone\n")
         return 1
@@ -153,7 +162,7 @@ def _relay(connection: socket.socket) -> None:
 # ---- for one command ----
 
 
-def _command(options: Options, connection: socket.socket) -> int:
+def _command(options: Options, connection: socket.socket, front: int) -> int:
     """CMD in a mount namespace of its own, and a user namespace unless we are root; its exit status."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
@@ -167,17 +176,15 @@ def _command(options: Options, connection: socket.socket) -> int:
         _be_child(options, theirs, parent)
     theirs.close()
     try:
-        device, dev = _receive(ours)
-        try:
-            _hand_over(connection, options, device, dev, 0)
-        finally:
-            os.close(device)
+        keeper = _serve(options, connection, ours, child, front)
         ours.send(b"go")
     except BaseException:
         ours.close()
         os.waitpid(child, 0)
         raise
     ours.close()
+    if keeper is not None:
+        return keeper.run(last_words=options.explain or options.summary)
     relay = threading.Thread(target=_relay, args=(connection,), daemon=True)
     relay.start()
     status = _wait(child)
@@ -186,12 +193,30 @@ def _command(options: Options, connection: socket.socket) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _receive(ours: socket.socket) -> tuple[int, int]:
-    """The child's /dev/fuse, mounted, and its st_dev. RunError."""
-    data, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+def _serve(
+    options: Options, connection: socket.socket, ours: socket.socket, child: int, front: int
+) -> Keeper | None:
+    """What the child has mounted is the daemon's from now on; a keeper if there is a listener to keep. RunError."""
+    fds, dev = _receive(ours)
+    try:
+        if not options.exact:
+            _hand_over(connection, options, fds, dev, 0)
+            return None
+        fds.append(run.notification_page())
+        _hand_over(connection, options, fds, dev, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # CMD has what there was
+        return exact_keeper(connection, os.dup(fds[1]), fds[2], child, front)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _receive(ours: socket.socket) -> tuple[list[int], int]:
+    """The child's /dev/fuse, mounted, and its listener if there is one; st_dev of the file. RunError."""
+    data, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
     for level, kind, rights in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            return array.array("i", rights)[0], int(data)
+            return list(array.array("i", rights)), int(data)
     raise RunError(data.decode() or "CMD was not started")
 
 
@@ -234,8 +259,14 @@ def _become(options: Options, theirs: socket.socket, parent: int) -> None:
     except OSError as error:
         theirs.send(f"no private mount on {path}: {error.strerror or error}".encode())
         os._exit(1)
-    theirs.sendmsg([b"%d" % dev], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
-    os.close(device)
+    try:
+        fds = [device, exact_listener()] if options.exact else [device]
+    except RunError as error:
+        theirs.send(str(error).encode())
+        os._exit(1)
+    theirs.sendmsg([b"%d" % dev], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+    for fd in fds:
+        os.close(fd)
     if theirs.recv(16) != b"go":
         os._exit(1)
     theirs.close()

@@ -39,10 +39,27 @@ callers:
   As for 'iommufdctl run': --caller uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536, or part
   of it, replaces what callers have when they start. In a user namespace no capability counts.
 
+mappings:
+  With CMD, Linux 6.9 and CAP_SYS_ADMIN over the whole host, registers of vIOMMUs can be mapped; mappings
+  that a device refuses then succeed, with nothing behind them. Elsewhere mmap() answers ENODEV.
+
+--exact:
+  The kernel answers some calls on a FUSE file itself: mmap(), read() and write() of 0 bytes,
+  FIONREAD. With --exact (and CMD) a seccomp filter notifies the daemon of these calls, which answers
+  for its own file as a device does; any other file's go on as always. Registers can be mapped without
+  privilege. It costs about 20 us for each mmap() of a file that is not glibc's loader's, for each
+  read() and write() of 0 bytes and each FIONREAD, and less than 0.1 us for other calls. It does not
+  set no_new_privs, as who can mount need not: set-user-ID programs go on working. It takes the one
+  seccomp listener that a process can have: CMD gets EBUSY for its own, and --exact does not work
+  under 'iommufdctl run' or a container's agent that listens. A signal whose handler is installed
+  without SA_RESTART can end such a call with EINTR. Children that outlive CMD are served: a copy of
+  mount stays for them. If the daemon dies, the kernel answers again.
+
 limits:
-  No mmap of registers (ENODEV); the node is a regular file; read() of 0 bytes answers 0. Descriptors
-  that an ioctl returns are made by tracing the caller for about 0.2 ms: x86-64 only, and not under a
-  debugger or strace (EOPNOTSUPP). If the daemon dies, calls answer ENOTCONN. docs/LIMITS.md has more.
+  The node is a regular file; without --exact, read() of 0 bytes answers 0. Descriptors that an ioctl
+  returns, and mappings under --exact, are made by tracing the caller for about 0.2 ms: x86-64 only, and
+  not under a debugger or strace (EOPNOTSUPP, ENODEV). If the daemon dies, calls answer ENOTCONN.
+  docs/LIMITS.md has more.
 
 exit status:
   with CMD that of CMD (128+N if signal N killed it; 127 if there is no such command, 126 if it cannot
@@ -51,6 +68,7 @@ exit status:
 examples:
   iommufdctl mount /dev/iommu                              for the whole system, as root
   iommufdctl mount /dev/iommu -- qemu-system-x86_64 ...    for one program, as anybody
+  iommufdctl mount --exact /dev/iommu -- ./my-test         the kernel's answers to the letter
   iommufdctl mount --caller caps=none /dev/iommu -- ./my-test
 """
 
@@ -66,6 +84,7 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    parser.add_argument("--exact", action="store_true", help="with CMD: also answer what FUSE cannot, see below")
     parser.add_argument("path", metavar="PATH", help="where: /dev/iommu, or any other path")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
@@ -87,9 +106,11 @@ def _run(args: argparse.Namespace) -> int:
     except machine_options.UsageError as error:
         print(f"iommufdctl mount: {error}", file=sys.stderr)
         return 2
-    options = Options(
-        args.path, command, machine, args.socket_path, args.caller, explain=args.explain, summary=args.summary
-    )
+    if args.exact and not command:
+        print("iommufdctl mount: --exact needs a command: iommufdctl mount --exact PATH -- CMD", file=sys.stderr)
+        return 2
+    words = args.path, command, machine, args.socket_path, args.caller
+    options = Options(*words, explain=args.explain, summary=args.summary, exact=args.exact)
     try:
         return mount(options)
     except RunError as error:

@@ -17,13 +17,17 @@ import struct
 import subprocess
 import sys
 import traceback
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi import seccomp
 
 from .filter import program
+from .follower import Follower
 from .keeper import Keeper, RunError, check_welcome, die_with_parent, wait_for_keeper
 from .machine_options import Choice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 SECCOMP_FILTER_FLAG_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
@@ -31,7 +35,8 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
-EXPLAIN, SUMMARY, PROC, REACH = 1, 2, 4, 32
+EXPLAIN, SUMMARY, PROC, REACH, TRACE = 1, 2, 4, 32, 64
+SANITIZE = {"": 0, "report": 128, "fail": 128 | 256}
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
 
@@ -47,6 +52,8 @@ class Options(NamedTuple):
     summary: bool = False
     proc: bool = False
     fd_base: int = 0  # lowest number for descriptors that the daemon installs
+    trace: str = ""  # a file for the events, "-" for stderr
+    sanitize: str = ""  # "report", "fail"
 
 
 def run(options: Options) -> int:
@@ -54,6 +61,14 @@ def run(options: Options) -> int:
     numbers = seccomp.native()
     if numbers is None:
         raise RunError(f"not made for {os.uname().machine}: x86_64 and aarch64 only")
+    return with_keeper(lambda tell: _keep(options, numbers, tell))
+
+
+def with_keeper(keep: Callable[[int], int]) -> int:
+    """Start CMD and stay while it runs, in a child, which is CMD's ancestor; its exit status.
+
+    What `keep` is given is for Keeper: the pipe by which it tells that it stays in the background.
+    """
     stays, tell = os.pipe()
     parent = os.getpid()
     sys.stdout.flush()
@@ -61,20 +76,20 @@ def run(options: Options) -> int:
     keeper = os.fork()
     if not keeper:
         os.close(stays)
-        _be_keeper(options, numbers, tell, parent)
+        _be_keeper(keep, tell, parent)
     os.close(tell)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the keeper has what there was, and CMD gets it
     return wait_for_keeper(keeper, stays)
 
 
-def _be_keeper(options: Options, numbers: seccomp.Syscalls, tell: int, parent: int) -> None:
+def _be_keeper(keep: Callable[[int], int], tell: int, parent: int) -> None:
     """Never returns."""
     status = 1
     try:
         die_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            status = _keep(options, numbers, tell)
+            status = keep(tell)
     except (RunError, OSError) as error:
         complain(str(error))
     except KeyboardInterrupt:
@@ -89,15 +104,14 @@ def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
     """Start the daemon and CMD; CMD's exit status. RunError, OSError."""
     base = options.fd_base or fd_base()
     waits = bool(options.socket_path) or options.machine != Choice([], "")  # for a daemon that may refuse
-    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(page, seccomp.NOTIF_PAGE)
-    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    follower = Follower(options.trace) if options.trace else None
+    page = notification_page()
     connection, daemon = connect(options.socket_path) if options.socket_path else spawn(options.machine)
     try:
         child, ours = _start(options, numbers, base)
         try:
             listener = _receive_listener(ours, child)
-            _hand_over(connection, options, listener, page, base)
+            _hand_over(connection, options, listener, page, base, follower)
             if waits:  # else CMD need not wait for it to start: its first call on /dev/iommu will
                 _hear_welcome(connection)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # CMD has what there was
@@ -107,13 +121,21 @@ def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
             os.waitpid(child, 0)
             raise
         ours.close()
-        keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits)
-        return keeper.run(last_words=options.explain or options.summary)
+        keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits, follower=follower)
+        return keeper.run(last_words=options.explain or options.summary or bool(options.sanitize))
     except BaseException:
         connection.close()
         if daemon is not None:
             daemon.wait()
         raise
+
+
+def notification_page() -> int:
+    """The file in which the daemon says which notification it has in work."""
+    page = os.memfd_create("iommufdctl-notification", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(page, seccomp.NOTIF_PAGE)
+    fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return page
 
 
 def fd_base() -> int:
@@ -156,15 +178,21 @@ def spawn(machine: Choice) -> tuple[socket.socket, subprocess.Popen[bytes]]:
     return ours, daemon
 
 
-def _hand_over(connection: socket.socket, options: Options, listener: int, page: int, base: int) -> None:
+def _hand_over(
+    connection: socket.socket, options: Options, listener: int, page: int, base: int, follower: Follower | None
+) -> None:
     """The hello. RunError."""
-    flags = EXPLAIN * options.explain | SUMMARY * options.summary | PROC * options.proc | REACH
+    told = TRACE * bool(follower) | EXPLAIN * options.explain | SUMMARY * options.summary | SANITIZE[options.sanitize]
+    flags = told | PROC * options.proc | REACH
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.name.encode(), b"")
-    rights = array.array("i", [listener, page, *_debug_folder(options)])
+    theirs = [follower.theirs.fileno()] if follower is not None else []
+    rights = array.array("i", [listener, page, *_debug_folder(options), *theirs])
     try:
         connection.sendmsg([hello + options.caller.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     except OSError as error:
         raise RunError(f"the daemon went away: {error.strerror}") from None
+    if follower is not None:
+        follower.theirs.close()
 
 
 def _hear_welcome(connection: socket.socket) -> None:
@@ -228,7 +256,7 @@ def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: 
     if os.getppid() != parent:
         os._exit(NOT_EXECUTABLE)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    listener = _install(libc, numbers, code)
+    listener = install(libc, numbers, code)
     theirs.sendmsg([b"l"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
     os.close(listener)
     if theirs.recv(16) != b"go":
@@ -239,7 +267,7 @@ def _become(command: list[str], numbers: seccomp.Syscalls, code: bytes, theirs: 
     os.execvp(command[0], command)
 
 
-def _install(libc: ctypes.CDLL, numbers: seccomp.Syscalls, code: bytes) -> int:
+def install(libc: ctypes.CDLL, numbers: seccomp.Syscalls, code: bytes) -> int:
     """seccomp(SECCOMP_SET_MODE_FILTER): the listener. RunError."""
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer)), 16)

@@ -38,6 +38,14 @@ callers:
   capabilities and limit that CMD starts with: uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536
   or part of it; caps may be 'none'. What CMD changes itself (setuid, setrlimit) counts from then on.
 
+sanitizer:
+  --sanitize compares what the IOMMU's caches give a device with what the page tables say, for every DMA.
+  A guest's page table whose change must be followed by an invalidation that never came, or was the wrong
+  one, is told on stderr at the end: device, PASID, IOVA, both results, the entry that changed, and the
+  invalidation that was due. Uses before it came are counted, no more. --sanitize=fail also ends with
+  status 66 if one never came, and fails DMA through what was never flushed ('iommufdctl sanitize --settle'
+  says that until now nothing more is to come).
+
 the end:
   run ends when CMD does. Children that outlive CMD keep /dev/iommu: their parent, a copy of run, stays in
   the background until the last of them has ended. SIGTERM, SIGHUP, SIGINT, SIGQUIT, SIGUSR1 and SIGUSR2 go
@@ -45,11 +53,13 @@ the end:
 
 exit status:
   that of CMD; 128+N if signal N killed it; 127 if there is no such command, 126 if it cannot be run;
-  1 if run itself failed, 2 for wrong usage
+  1 if run itself failed, 2 for wrong usage; 66 with --sanitize=fail if CMD's is 0 and an invalidation was
+  forgotten
 
 examples:
   iommufdctl run -- ./iommufd                       the kernel's own selftest
   iommufdctl run --explain -- qemu-system-x86_64 ...
+  iommufdctl run --trace - -- ./program             every call, as strace would print it
   iommufdctl run --caller uid=1000,caps=none,memlock=65536 -- ./my-test
   iommufdctl run --machine vtd -- ./my-vmm          a machine with an Intel VT-d
   iommufdctl run --socket-path ./s --machine pair -- ./a & iommufdctl run --socket-path ./s --machine pair -- ./b
@@ -79,6 +89,20 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
     )
     parser.add_argument("--explain", action="store_true", help="print every ioctl that fails, and why, on stderr")
     parser.add_argument("--summary", action="store_true", help="print counts and what was left open, on stderr")
+    parser.add_argument(
+        "--trace", metavar="FILE", default="", help="a line for every call and event, as strace has it; - is stderr"
+    )
+    parser.add_argument(
+        "--sanitize",
+        "--sanitize=report",
+        action="store_const",
+        const="report",
+        default="",
+        help="tell on stderr of DMA through translations that should have been flushed",
+    )
+    parser.add_argument(
+        "--sanitize=fail", action="store_const", const="fail", dest="sanitize", help="and end with status 66"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run)
 
@@ -115,8 +139,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"iommufdctl run: {error}", file=sys.stderr)
         return 2
     options = Options(
-        command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base
-    )
+        command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base,
+        args.trace, args.sanitize,
+    )  # fmt: skip
     try:
         return run(options)
     except RunError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iommufd_uapi.admin import Channel, Context, Device, Instance, Object, Process, Tree
+    from iommufd_uapi.admin import Attachment, Channel, Context, Device, Endpoint, Instance, Object, Process, Tree
 
     Paint = Callable[[str, str], str]
 
@@ -33,6 +35,12 @@ def plain(text: str, colour: str) -> str:
 def ansi(text: str, colour: str) -> str:
     """A `Paint` for terminals."""
     return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def terminal() -> Paint:
+    """Colours on a terminal that has them, unless they are not wanted (https://no-color.org)."""
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return ansi if wanted else plain
 
 
 def amount(count: int) -> str:
@@ -68,6 +76,7 @@ def _instance(instance: Instance, paint: Paint) -> Node:
     below = [_process(process, paint) for process in instance.processes]
     below += [_context(context, paint) for context in instance.contexts]
     below += [_device(device, paint) for device in instance.devices]
+    below += [_endpoint(endpoint, paint) for endpoint in instance.endpoints]
     return Node("  ".join([paint(name, BOLD), *locked]), below)
 
 
@@ -84,6 +93,38 @@ def _process(process: Process, paint: Paint) -> Node:
     if process.devices:
         facts.append(f"has {', '.join(process.devices)}")
     return Node("  ".join(facts))
+
+
+def _endpoint(endpoint: Endpoint, paint: Paint) -> Node:
+    facts = [paint(endpoint.name, BOLD), endpoint.bdf, f"behind {endpoint.iommu}", *endpoint.features]
+    below = [_attachment(attachment, paint) for attachment in endpoint.attachments]
+    if moved := _moved(endpoint):
+        below.append(Node(paint("  ".join(moved), YELLOW if endpoint.waiting else DIM)))
+    return Node("  ".join(facts), below)
+
+
+def _attachment(attachment: Attachment, paint: Paint) -> Node:
+    what = "without PASID" if attachment.pasid is None else f"PASID {attachment.pasid}"
+    return Node(f"{what}: {paint(f'{attachment.type.lower()} {attachment.id}', CYAN)}  inode {attachment.inode}")
+
+
+def _moved(e: Endpoint) -> list[str]:
+    """What a device has done, without what it has not."""
+    counts = {
+        f"read {amount(e.read)}": e.read,
+        f"wrote {amount(e.written)}": e.written,
+        f"{several(e.completed, 'transfer')} done": e.completed,
+        f"{e.failed} failed": e.failed,
+        several(e.faults, "fault"): e.faults,
+        several(e.page_requests, "page request"): e.page_requests,
+        f"{e.invalid} answered INVALID": e.invalid,
+        f"{e.failures} answered FAILURE": e.failures,
+        f"{e.withdrawn} withdrawn": e.withdrawn,
+        f"{e.timeouts} timed out": e.timeouts,
+        f"{e.running} running": e.running,
+        f"{e.waiting} waiting for a page": e.waiting,
+    }
+    return [text for text, count in counts.items() if count]
 
 
 def _context(context: Context, paint: Paint) -> Node:

@@ -6,8 +6,11 @@ Each step is atomic: it sees one translation, the old or the new one of a replac
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from iommufdd.errors import IommufdError
 
 from .walk import READ, WRITE, TranslationFault
 
@@ -53,13 +56,16 @@ class Dma:
     """
 
     __slots__ = ("access", "data", "dev", "done", "ended", "error", "fault", "group", "iova", "length", "op", "pasid",
-                 "retries", "state")  # fmt: skip
+                 "retries", "state", "timeout")  # fmt: skip
 
     def __init__(
         self, dev: Endpoint, op: Op, iova: int, length: int, *, data: Bytes = b"", pasid: int | None = None,
-        priv: int = 0, ended: Callable[[Dma], None] | None = None,
+        priv: int = 0, timeout: float | None = None, ended: Callable[[Dma], None] | None = None,
     ) -> None:  # fmt: skip
-        """pasid: None for a request without PASID. priv: PRIV for a privileged request. ended: called once."""
+        """pasid: None for a request without PASID. priv: PRIV for a privileged request. ended: called once.
+
+        timeout: seconds that the device waits for a page, math.inf for ever, None as long as is usual.
+        """
         self.dev = dev
         self.op = op
         self.iova = iova
@@ -73,6 +79,7 @@ class Dma:
         self.fault: TranslationFault | None = None
         self.group = -1  # the page request group it waits for
         self.retries = 0
+        self.timeout = timeout
         self.ended = ended
 
     def step(self) -> State:
@@ -85,7 +92,13 @@ class Dma:
         left = self.length - self.done
         count = left if left <= STRETCH and iova + left - 1 <= entry.last else min(left, entry.last - iova + 1, STRETCH)
         self.retries = 0
-        if not self._move(entry, iova - entry.first + entry.pos, count):
+        for monitor in self.dev.iommu.monitors:
+            monitor.moving(self.dev, self.pasid, iova, count, self.access, entry)
+        try:
+            if not self._move(entry, iova - entry.first + entry.pos, count):
+                return self.state
+        except IommufdError:  # private memory of a process that has ended
+            self._gone(0)
             return self.state
         self.done += count
         return self.end(DONE) if self.done == self.length else RUNNING
@@ -101,10 +114,16 @@ class Dma:
         self.error = error
         return self.end(FAILED)
 
+    def cancel(self, why: str) -> None:
+        """Give up unless it is over; the answer to a page request that still comes is ignored."""
+        if self.state is RUNNING or self.state is PARKED:
+            self.fail(why)
+
     def resume(self) -> None:
         """The page request was answered with SUCCESS: try again."""
         parked = self.state is PARKED
         self.state = RUNNING
+        self.fault = None
         self.group = -1
         self.retries += 1
         if parked:
@@ -162,7 +181,7 @@ class Dma:
             return True
         at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), len(got))
         self.done += at
-        self.fail(f"differs at byte {self.done:#x} (iova {self.iova + self.done:#x})")
+        self.fail(f"differs at iova {self.iova + self.done:#x}")
         return False
 
     def _pattern(self, count: int) -> bytes:
@@ -177,37 +196,56 @@ class Dma:
         return False
 
 
+class Pumping(Protocol):
+    """Who pumps a queue, and has a clock."""
+
+    def work(self, queue: DmaQueue) -> None:
+        """There is something to do again."""
+        ...
+
+    def parked(self, dma: Dma) -> float:
+        """It waits for a page, until when: whoever has a clock calls Endpoint.time_out() then."""
+        ...
+
+
 class DmaQueue:
-    """The transfers of a machine that can go on, in turn; `work` is called when there is some again."""
+    """The transfers of a machine, in turn: those that can go on, and those that wait for a page."""
 
     def __init__(self) -> None:
         self.running: deque[Dma] = deque()
-        self.parked: dict[Dma, None] = {}
-        self.work: Callable[[], None] | None = None
+        self.parked: dict[Dma, float] = {}  # and until when, by the clock of who pumps
+        self.pumping: Pumping | None = None
+        self.turn: Dma | None = None  # whose it was last: after a bug, who must be told
 
     def submit(self, dma: Dma) -> None:
-        """Run it when the queue is pumped; a transfer of no bytes too."""
+        """Run it when the queue is pumped; a transfer of no bytes is over at once."""
         if dma.length == 0:
             dma.end(DONE)
             return
         self.parked.pop(dma, None)
         self.running.append(dma)
-        if self.work is not None:
-            self.work()
+        if self.pumping is not None and len(self.running) == 1:
+            self.pumping.work(self)
 
-    def pump(self, steps: int) -> bool:
-        """At most `steps` steps, one per transfer in turn; True while more is to do."""
+    def pump(self, steps: int, count: int) -> bool:
+        """At most `steps` steps, one per transfer in turn, and none after `count` bytes; True while more is to do."""
         running = self.running
-        while running and steps:
+        while running and steps > 0 and count > 0:
             dma = running.popleft()
+            before = dma.done
             steps -= 1
-            state = dma.state if dma.state is not RUNNING else dma.step()
+            self.turn = dma
+            state = dma.step() if dma.state is RUNNING else dma.state
+            count -= dma.done - before
             if state is RUNNING:
                 running.append(dma)
             elif state is PARKED:
-                self.parked[dma] = None
+                self._park(dma)
         return bool(running)
 
     def ended(self, dma: Dma) -> None:
-        """It has failed while it was parked."""
+        """It is over, wherever it was; from the running ones it goes when its turn comes."""
         self.parked.pop(dma, None)
+
+    def _park(self, dma: Dma) -> None:
+        self.parked[dma] = math.inf if self.pumping is None else self.pumping.parked(dma)

@@ -55,12 +55,13 @@ class TranslatingIommu(IommuOps, Protocol):
 class Counters:
     """What a device has done."""
 
-    __slots__ = ("completed", "failed", "failures", "invalid", "page_requests", "read", "timeouts", "withdrawn",
-                 "written")  # fmt: skip
+    __slots__ = ("completed", "failed", "failures", "faults", "invalid", "page_requests", "read", "timeouts",
+                 "withdrawn", "written")  # fmt: skip
 
     def __init__(self) -> None:
         self.read = self.written = 0  # bytes
         self.completed = self.failed = 0  # transfers
+        self.faults = 0  # that the IOMMU has recorded
         self.page_requests = 0
         self.invalid = 0  # answered INVALID by the user or the driver
         self.failures = 0  # answered FAILURE: KVM has no page
@@ -84,9 +85,9 @@ class Endpoint(Device):
         self.iopf = Iopf(self)
         self.iopf.answered = self._answered
         self.tlb: Tlb | None = Tlb(iommu.caches) if self.ats else None  # the device TLB, a space per PASID
-        self.queue = DmaQueue()
+        self.queue = DmaQueue()  # the machine's, once it is part of one
         self.counters = Counters()
-        self._waiting: dict[int, Dma] = {}  # by page request group
+        self._waiting: dict[int, tuple[Dma, Fault]] = {}  # by page request group
         self._next_group = 0
 
     def resv_regions(self) -> Iterable[ResvRegion]:
@@ -106,12 +107,17 @@ class Endpoint(Device):
                 granted = iommu.translate(self, pasid, iova, access)
                 found = TlbEntry(granted.first, granted.last, granted.file, granted.pos, granted.allowed,
                                  ipa=granted.ipa, raw_steps=granted.raw_steps)  # fmt: skip
+                found.origin = granted
                 space.insert(found)
             entry = found
         if iommu.monitors:
             for monitor in iommu.monitors:
                 monitor.used(self, pasid, iova, access, entry)
         return entry
+
+    def waiting(self, group: int) -> Dma | None:
+        """The transfer that waits for a page request group."""
+        return self._waiting[group][0] if group in self._waiting else None
 
     def dma(self, dma: Dma) -> Dma:
         """Queue a transfer."""
@@ -154,10 +160,7 @@ class Endpoint(Device):
             dma.fail(f"all {GROUPS} page request groups are waiting")
             return False
         self.counters.page_requests += 1
-        self._waiting[number] = dma
         dma.group = number
-        for monitor in iommu.monitors:
-            monitor.requested(self, dma.pasid, number, iova, dma.access)
         return self._report(dma, number, iova)
 
     def _report(self, dma: Dma, number: int, iova: int) -> bool:
@@ -166,6 +169,9 @@ class Endpoint(Device):
         if pasid is not None:
             flags |= PAGE_REQUEST_PASID_VALID | self.iommu.page_request_flags
         request = Fault(flags, pasid or IOMMU_NO_PASID, number, _perm(dma.access), iova & -4096)
+        self._waiting[number] = dma, request
+        for monitor in self.iommu.monitors:
+            monitor.requested(self, pasid, number, iova, dma.access)
         try:
             self.iopf.report(request, pasid_valid=pasid is not None, last=True)
         except EINVAL as refused:
@@ -186,9 +192,11 @@ class Endpoint(Device):
         """A page group response reaches the device."""
         for monitor in self.iommu.monitors:
             monitor.answered(self, group, code)
-        dma = self._waiting.pop(group.faults[-1].grpid, None)
-        if dma is None:
-            return  # it gave up before
+        request = group.faults[-1]
+        dma, asked = self._waiting.get(request.grpid, (None, None))
+        if dma is None or asked is not request:
+            return  # it gave up before; the number may be another's by now
+        del self._waiting[request.grpid]
         if code == IOMMU_PAGE_RESP_SUCCESS:
             dma.resume()
         elif group.withdrawn:

@@ -43,11 +43,20 @@ class Monitor:
     def used(self, dev: Endpoint, pasid: int | None, iova: int, access: int, entry: TlbEntry) -> None:
         """A DMA goes through a translation, cached or just made."""
 
+    def moving(self, dev: Endpoint, pasid: int | None, iova: int, count: int, access: int, entry: TlbEntry) -> None:
+        """A DMA is about to move `count` bytes from iova on through the translation that was told as used."""
+
     def fault(self, dev: Endpoint, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
         """A translation was refused and the hardware has recorded it."""
 
     def invalidated(self, what: Invalidation) -> None:
         """A cache was told to drop something."""
+
+    def flushed(self, text: str) -> None:
+        """A user's invalidation is done, "HWPT_INVALIDATE {addr 0x5000, npages 1} on hwpt 5".
+
+        The commands that came of it were told as invalidated before.
+        """
 
     def requested(self, dev: Endpoint, pasid: int | None, group: int, iova: int, access: int) -> None:
         """A device has asked for a page (PRI)."""

@@ -84,6 +84,7 @@ class Domain:
     translation: Translation | None = None  # of a paging domain, once it is in an IOAS
     iopf_handler: Callable[[IopfGroup], None] | None = None
     dirty_ops: DirtyOps | None = None
+    hwpt_id = 0  # of the HWPT that has it, for people
 
     def __init__(self, owner: IommuOps) -> None:
         self.owner = owner

@@ -28,8 +28,8 @@ _first = attrgetter("first")
 class TlbEntry:
     """A translation: [first, last] of the input goes to the bytes of `file` from `pos` on."""
 
-    __slots__ = ("aliases", "allowed", "file", "first", "index", "ipa", "last", "pos", "raw_steps", "seq", "space",
-                 "view")  # fmt: skip
+    __slots__ = ("aliases", "allowed", "file", "first", "index", "ipa", "last", "mark", "origin", "pos", "raw_steps",
+                 "seq", "space", "view")  # fmt: skip
 
     def __init__(
         self, first: int, last: int, file: PageFile, pos: int, allowed: int, *, ipa: int,
@@ -45,6 +45,8 @@ class TlbEntry:
         self.ipa = ipa
         self.raw_steps = raw_steps
         self.seq = 0  # when it was filled
+        self.mark = 0  # a monitor's own: when it first saw it
+        self.origin: TlbEntry | None = None  # of a device TLB: the IOMMU's entry that it is a copy of
         self.aliases: list[int] = []  # pages in Space.hot
         self.index = -1  # in the TLB's list
         self.space: Space | None = None

@@ -13,13 +13,13 @@ from iommufdd.errors import ENOSPC, EOPNOTSUPP
 from .endpoint import Endpoint
 from .ops import IOMMU_NO_PASID, Cap, Device, Domain
 from .replace import Store, Switch
-from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, new_nested
+from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, flush_words, new_nested
 from .vtd_hw import VtdHardware
 from .vtd_kvm import VtdKvm, new_kvm
 from .vtd_pasid import ABSENT, FIRST, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_regs import RECOVERABLE
 from .walk import EXEC, PRIV, READ, WRITE, TranslationFault
-from .x86_64 import canonical
+from .x86_64 import HARDWARE_BITS, canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from iommufdd.description import DeviceDescription, VtdIommu
     from iommufdd.user_data import UserData
 
+    from .explain import Explanation, Row
     from .group import IommuGroup
     from .ops import PhysicalMemory, TdpMetadata
+    from .walk import Step
 
 FIRST_DID = 2  # IDA_START_DID: 0 is unused, 1 is FLPT_DEFAULT_DID
 PAGE_RESPONSE_NEEDS_PASID = 1 << 2  # IOMMU_FAULT_PAGE_RESPONSE_NEEDS_PASID, which leaks into page requests
@@ -50,6 +52,7 @@ class Vtd(VtdHardware):
     driver = "intel"
     user_pasid_table = False
     page_request_flags = PAGE_RESPONSE_NEEDS_PASID
+    hardware_bits = HARDWARE_BITS
 
     def __init__(self, description: VtdIommu) -> None:
         super().__init__(description)
@@ -126,6 +129,20 @@ class Vtd(VtdHardware):
         """intel_iommu_domain_alloc_kvm()"""
         return new_kvm(self, flags, tdp, memory)
 
+    # ---- for people ----
+
+    def explain(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> Explanation:
+        """The translation of one address, entry by entry, and what is cached of it."""
+        from .vtd_explain import explain
+
+        return explain(self, dev, pasid, iova, access)
+
+    def step(self, step: Step) -> Row:
+        """An entry that a walk has used."""
+        from .vtd_explain import step_row
+
+        return step_row(step)
+
     # ---- page requests ----
 
     def recoverable(self, fault: TranslationFault) -> bool:
@@ -140,6 +157,27 @@ class Vtd(VtdHardware):
         if access & EXEC and access & READ:
             return "an execute request"
         return ""
+
+    # ---- for the sanitizer ----
+
+    def reach(self, dev: Endpoint, pasid: int | None) -> frozenset[object]:
+        """The tags of the invalidations that drop what this requester has cached."""
+        number = pasid or IOMMU_NO_PASID
+        context = self.contexts.entries.get((dev, pasid))
+        tags: set[object] = {(dev.name, number)}
+        if context is not None:
+            tags |= {context.entry.did, (context.entry.did, number)}
+        return frozenset(tags)
+
+    def flush_for(self, dev: Endpoint, pasid: int | None, iova: int, level: int, *, leaf: bool) -> str:
+        """The user's invalidation that has to follow a change of the first-stage entry of this level for iova."""
+        handle = dev.group.handles.get(pasid or IOMMU_NO_PASID)
+        size = 1 << 9 * level + 3
+        words = flush_words(iova & -size, size >> 12)
+        if not leaf:
+            words += " without LEAF"
+        caches = "IOTLB and device TLB" if dev.tlb is not None else "IOTLB"
+        return f"{words} on hwpt {handle.domain.hwpt_id if handle is not None else '?'} ({caches})"
 
     # ---- domain ids ----
 

@@ -272,7 +272,14 @@ class VtdNested(VtdDomain):
             first, last = cover(entry.addr, entry.addr + entry.npages * PAGE_SIZE - 1)
             for dev, pasid in self.tags:
                 iommu_of(dev).flush_nested(self, dev, pasid, first, last, leaf=leaf)
+            self._tell(entry)
             array.entry_num = at + 1
+
+    def _tell(self, entry: uapi.HwptVtdS1Invalidate) -> None:
+        """The units' monitors hear of what was asked, also when no device uses the domain."""
+        units = self.owner, *(iommu_of(dev) for dev, _ in self.tags)
+        for monitor in dict.fromkeys(monitor for unit in units for monitor in unit.monitors):
+            monitor.flushed(f"{flush_words(entry.addr, entry.npages, entry.flags)} on hwpt {self.hwpt_id}")
 
     def free(self) -> None:
         """intel_nested_domain_free()"""
@@ -291,6 +298,13 @@ def cover(start: int, last: int) -> tuple[int, int]:
         return 0, 2**64 - 1
     base = start & -(1 << order)
     return base, base + (1 << order) - 1
+
+
+def flush_words(addr: int, npages: int, flags: int = 0) -> str:
+    """One entry of IOMMU_HWPT_INVALIDATE, for people."""
+    pages = "all" if npages == 2**64 - 1 else npages
+    leaf = ", LEAF" if flags & uapi.IOMMU_VTD_INV_FLAGS_LEAF else ""
+    return f"HWPT_INVALIDATE {{addr {addr:#x}, npages {pages}{leaf}}}"
 
 
 def iommu_of(dev: Endpoint) -> Vtd:

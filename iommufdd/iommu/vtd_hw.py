@@ -99,7 +99,7 @@ class VtdHardware:
         """What memory says now: no cache is used or filled, no bit is set, nothing is recorded. TranslationFault."""
         context = None
         try:
-            context = self._decode(dev, pasid)
+            context = self.decode(dev, pasid)
             context.check_request(access)
             if pasid is None and iova in INTERRUPTS:
                 raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
@@ -109,11 +109,11 @@ class VtdHardware:
             raise
 
     def _context(self, dev: Endpoint, pasid: int | None) -> Context:
-        context = self._decode(dev, pasid)
+        context = self.decode(dev, pasid)
         self.contexts.keep((dev, pasid), context)
         return context
 
-    def _decode(self, dev: Endpoint, pasid: int | None) -> Context:
+    def decode(self, dev: Endpoint, pasid: int | None) -> Context:
         """The PASID entry of a request, from memory. TranslationFault with its reason."""
         number = pasid or 0  # RID_PASID is 0
         if pasid is not None and not dev.max_pasids:
@@ -156,6 +156,7 @@ class VtdHardware:
             return
         code = Reason(fault.code)
         self.fault_count[code] += 1
+        dev.counters.faults += 1
         self.faults.append(FaultRecord(dev, pasid, iova, access, code))
         for monitor in self.monitors:
             monitor.fault(dev, pasid, iova, access, fault)
@@ -172,6 +173,13 @@ class VtdHardware:
         return "a third entry"
 
     # ---- invalidations ----
+
+    def tag_words(self, tag: object) -> str:
+        """The tag of an Invalidation: "did 2", "did 2, pasid 0", "vfio0, pasid 0"."""
+        if not isinstance(tag, tuple):
+            return f"did {tag}"
+        where, pasid = tag
+        return f"{where if isinstance(where, str) else f'did {where}'}, pasid {pasid}"
 
     def _dropped(self, what: Invalidation) -> None:
         for monitor in self.monitors:

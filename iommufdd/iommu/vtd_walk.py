@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufdd.errors import IommufdError
+
 from .ops import Extent
 from .tlb import Space, TlbEntry
 from .vtd_pasid import FIRST, SECOND
@@ -93,12 +95,13 @@ class Context:
 class Walk:
     """One translation of one context."""
 
-    __slots__ = ("_cached", "_context", "_hw", "_level", "_seen", "_steps")
+    __slots__ = ("_before", "_cached", "_context", "_hw", "_level", "_seen", "_steps")
 
     def __init__(self, hw: VtdHardware, context: Context, *, cached: bool) -> None:
         self._hw = hw
         self._context = context
         self._cached = cached
+        self._before: tuple[RawStep, ...] = ()  # the entries that led to the table where this walk begins
         self._steps: list[RawStep] = []
         self._level = 0  # of the first-stage entry that is read first
         self._seen: tuple[int, int, memoryview, int] = _NOWHERE  # guest memory found last: from, to, view, offset in it
@@ -117,7 +120,7 @@ class Walk:
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(map(Step._make, self._steps))
+            fault.steps = tuple(map(Step._make, (*self._before, *self._steps)))
             raise
         entry.allowed &= self._context.consent
         if entry.first < INTERRUPTS.stop and entry.last >= INTERRUPTS.start:
@@ -186,16 +189,16 @@ class Walk:
     def _nested(self, iova: int, access: int) -> TlbEntry:
         kept = self._kept(iova, access) if self._cached else None
         start, before = kept or (self._context.start, ())
+        self._before = before
         self._level = start.level
         steps = self._steps
         fetch, update = (self._fetch, self._update) if self._cached else (self._fetch_fresh, None)
         leaf = walk(fetch, update, start, self._context.rules, iova, access, steps)
         if self._cached:
             self._keep(start, before, iova)
-        steps[:0] = before
         gpa = leaf.out + iova - leaf.first
         extent, rights = self._second(gpa, access, During.ACCESS)
-        return _combined(leaf, iova, gpa, extent, rights, tuple(steps))
+        return _combined(leaf, iova, gpa, extent, rights, (*before, *steps))
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)
@@ -218,7 +221,10 @@ class Walk:
         if view is not None:
             value: int = _entry_at.unpack_from(view, pos)[0]
             return value
-        data = file.pread(pos, 8)
+        try:
+            data = file.pread(pos, 8)
+        except IommufdError:  # private memory of a process that has ended
+            data = b""
         if len(data) < 8:
             raise TranslationFault(Why.UNREADABLE, stage=1, level=self._level - len(self._steps), addr=gpa)
         return int.from_bytes(data, "little")
@@ -234,7 +240,11 @@ class Walk:
             if page.view[pos] == old & 0xFF:
                 page.view[pos : pos + 2] = new_bytes
         else:
-            page.file.pwrite(pos, new_bytes)
+            try:
+                page.file.pwrite(pos, new_bytes)
+            except IommufdError:
+                level = self._level - len(self._steps) + 1
+                raise TranslationFault(Why.UNREADABLE, stage=1, level=level, addr=gpa) from None
 
     def _table(self, gpa: int, access: int, during: During) -> TlbEntry:
         """The page of a first-stage table, through the second stage."""

@@ -26,6 +26,11 @@ FLAGS = ((R, "R"), (W, "W"), (1 << 2, "X"), (1 << 6, "IPAT"), (PS, "PS"), (A, "A
          (TM, "TM"))  # fmt: skip
 
 
+def names(entry: int) -> str:
+    """The bits that are set, by name."""
+    return " ".join(name for bit, name in FLAGS if entry & bit)
+
+
 class Rules(NamedTuple):
     """What of the format the hardware and the PASID entry allow."""
 

@@ -40,6 +40,7 @@ class Why(enum.Enum):
     INTERRUPT = "the address belongs to interrupts"
     CONTEXT = "the requester has no translation"
     BLOCKED = "the translation is set to abort"
+    STALE = "the translation should have been flushed"
 
 
 class During(enum.Enum):

@@ -35,10 +35,16 @@ EA = 1 << 10
 XD = 1 << 63
 _new = tuple.__new__  # makes a NamedTuple in half the time
 RIGHTS = RW | US | XD
+HARDWARE_BITS = A | D | EA  # set by walks
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
 FLAGS = ((P, "P"), (RW, "RW"), (US, "US"), (1 << 3, "PWT"), (1 << 4, "PCD"), (A, "A"), (D, "D"), (PS, "PS"),
          (EA, "EA"), (XD, "XD"))  # fmt: skip
+
+
+def names(entry: int) -> str:
+    """The bits that are set, by their names: "P RW US"."""
+    return " ".join(name for bit, name in FLAGS if entry & bit)
 
 
 class Rules(NamedTuple):

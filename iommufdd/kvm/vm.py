@@ -27,7 +27,7 @@ from .tdp_fd import TdpFile
 
 if TYPE_CHECKING:
     from iommufdd.machine import Machine
-    from iommufdd.user import Caller, EventPort, Mm
+    from iommufdd.user import Caller, Mm
 
 WIDEST = 52  # bits of a guest-physical address
 
@@ -58,15 +58,13 @@ class Vcpu(File):
 class Vm(File):
     """struct kvm. Descriptors of it, of vCPUs and of an exported table keep it."""
 
-    def __init__(
-        self, machine: Machine, mm: Mm, features: Features | None = None, events: EventPort | None = None
-    ) -> None:
+    def __init__(self, machine: Machine, mm: Mm, features: Features | None = None) -> None:
         """mm: whose addresses its memory slots name, and the only one whose calls are heard."""
         self.refs = 1
         self.machine = machine
         self.mm = mm
         self.features = features or Features()
-        self.events = events
+        self.events = machine.events
         self.slots = [MemorySlots() for _ in range(uapi.KVM_ADDRESS_SPACE_NUM)]
         self.mmu = Mmu(mm, self.slots[0], machine.memory, self.features.max_level)
         self.vcpus: dict[int, int] = {}  # width of guest-physical addresses by vCPU id
@@ -90,13 +88,15 @@ class Vm(File):
     def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """One ioctl(2): the result, or minus an errno with caller.error telling why."""
         caller.error = None
+        events = self.events
+        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
         try:
             rc = self._ioctl(caller, cmd, uptr)
         except IommufdError as error:
             caller.error = error
             rc = -error.errno
-        if self.events is not None:
-            self.events.ioctl(self, caller, cmd, uptr, rc)
+        if entered is not None:
+            events.ioctl(self, caller, cmd, uptr, rc, entered)
         return rc
 
     def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> NoReturn:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+import math
+import os
+import socket
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import trio
 
 from iommufd_uapi import admin
-from iommufdd.errors import IommufdError
+from iommufd_uapi.events import KINDS, Filter
+from iommufdd.errors import EINVAL, EMFILE, IommufdError
 
 from . import log
 from .census import counts, tree
 from .credentials import parse_caps, set_capabilities
+from .endpoints import transfer, walk
 
 if TYPE_CHECKING:
-    import socket
-
     from .channel import Channel
     from .serve import Server
 
+Immediate: TypeAlias = (
+    admin.Show | admin.Stats | admin.Credentials | admin.Fault | admin.Walk | admin.Trace | admin.Sanitize
+)
 MAX_CLIENTS = 16
+RECEIVE = 1 << 17  # bytes at a time
 PATIENCE = 60.0  # seconds for one request to come, and for its reply to be read
 
 
@@ -50,24 +57,35 @@ async def serve_admin(server: Server, sock: socket.socket) -> None:
 
 
 async def _converse(server: Server, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    buffered = b""
+    buffered = bytearray()
+    seen = 0  # bytes without a newline
     while True:
-        line, newline, rest = buffered.partition(b"\n")
-        if newline:
-            buffered = rest
-            await stream.send_all(admin.encode(answer(server, line)))
+        end = buffered.find(b"\n", seen)
+        if end >= 0:
+            line = bytes(buffered[:end])
+            del buffered[: end + 1]
+            seen = 0
+            scope.deadline = math.inf  # a DMA waits as long as it likes
+            reply = await respond(server, stream.socket.fileno(), line)
+            if isinstance(reply, admin.Tracing):
+                _follow(server, stream.socket.fileno(), line, reply)
+                return
             scope.deadline = trio.current_time() + PATIENCE
-        elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(admin.MAX_LINE)):
+            await stream.send_all(admin.encode(reply))
+            scope.deadline = trio.current_time() + PATIENCE
+        elif len(buffered) > admin.MAX_LINE or not (more := await stream.receive_some(RECEIVE)):
             return
         else:
+            seen = len(buffered)
             buffered += more
 
 
-def answer(server: Server, line: bytes) -> admin.Reply:
-    """The reply to one request; whatever was closed until now is closed first."""
+async def respond(server: Server, fd: int, line: bytes) -> admin.Reply:
+    """The reply to one request; whatever was closed until now is closed first. fd: of whoever asks."""
     server.reactor.hang_ups()
     try:
-        return _answer(server, admin.decode_request(line))
+        request = admin.decode_request(line)
+        return await transfer(server, fd, request) if isinstance(request, admin.Dma) else _answer(server, request)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         return admin.Error(errno.EINVAL, str(error))
     except IommufdError as error:
@@ -77,7 +95,7 @@ def answer(server: Server, line: bytes) -> admin.Reply:
         return admin.Error(errno.EIO, "a bug in the daemon; its log has the traceback")
 
 
-def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
+def _answer(server: Server, request: Immediate) -> admin.Reply:
     match request:
         case admin.Show():
             return tree(server)
@@ -87,6 +105,14 @@ def _answer(server: Server, request: admin.AnyRequest) -> admin.Reply:
             return _credentials(server, request)
         case admin.Fault():
             return _fault(server, request)
+        case admin.Walk():
+            return walk(server, request)
+        case admin.Trace():
+            return _trace(server, request)
+        case admin.Sanitize():
+            from .sanitize import findings
+
+            return findings(server, request)
 
 
 def _channels(server: Server, mm: int) -> list[Channel]:
@@ -116,3 +142,26 @@ def _fault(server: Server, request: admin.Fault) -> admin.Reply:
         for gate in gates:
             gate.arm(request.nth)
     return admin.Gates([admin.Gate(gate.nth, gate.fired.name if gate.fired else None) for gate in gates])
+
+
+def _trace(server: Server, request: admin.Trace) -> admin.Reply:
+    from .trace import MAX_READERS, now
+
+    if unknown := sorted(set(request.only) - KINDS.keys()):
+        raise EINVAL(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
+    if len(server.trace.readers) >= MAX_READERS:
+        raise EMFILE(f"{MAX_READERS} readers follow the trace already")
+    return admin.Tracing(now())
+
+
+def _follow(server: Server, fd: int, line: bytes, reply: admin.Tracing) -> None:
+    """From here on the connection is the reactor's: no task has to wait for a reader that does not read."""
+    from .trace import Reader
+
+    request = admin.decode_request(line)
+    assert isinstance(request, admin.Trace)
+    chosen = Filter(frozenset(request.pids), request.machine, frozenset(request.only), request.failed)
+    sock = socket.socket(fileno=os.dup(fd))
+    Reader(
+        server.trace, server.reactor, sock, lambda event, _: chosen(event), admin.encode, first=admin.encode(reply)
+    )

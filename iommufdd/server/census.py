@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from iommufd_uapi import admin
 from iommufdd.device import IommufdDevice
 from iommufdd.ioas import Ioas
+from iommufdd.iommu.dma import State
+from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.objects import IommufdObject
 
 from .credentials import CAPABILITIES
-from .instance import OpenContext
+from .instance import OpenContext, ServedContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -70,6 +72,7 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
         [_context(server, context) for context in contexts],
         [_device(server, device) for device in devices],
         sorted(_processes(server, instance), key=lambda process: process.pid),
+        [_endpoint(dev) for dev in instance.machine.devices.values() if isinstance(dev, Endpoint)],
     )
 
 
@@ -87,6 +90,32 @@ def _processes(server: Server, instance: Instance) -> Iterator[admin.Process]:
             contexts = sorted(each.key[1] for each in held if isinstance(each, OpenContext))
             names = sorted(each.name for each in held if not isinstance(each, OpenContext))
             yield admin.Process(process.tgid, contexts, names)
+
+
+def _endpoint(dev: Endpoint) -> admin.Endpoint:
+    features = [name for name, has in (("ats", dev.ats), ("pri", dev.pri), ("pasid", dev.max_pasids)) if has]
+    counters, queue = dev.counters, dev.queue
+    return admin.Endpoint(
+        dev.name,
+        dev.description.bdf,
+        dev.description.iommu,
+        features,
+        _attachments(dev),
+        **{name: getattr(counters, name) for name in counters.__slots__},
+        running=sum(dma.dev is dev and dma.state is State.RUNNING for dma in queue.running),
+        waiting=sum(dma.dev is dev for dma in queue.parked),
+    )
+
+
+def _attachments(dev: Endpoint) -> list[admin.Attachment]:
+    found = []
+    for pasid, handle in sorted(dev.group.handles.items()):
+        idev = handle.idev
+        if isinstance(idev, IommufdDevice) and isinstance(idev.ictx, ServedContext):
+            hwpt = idev.igroup.pasid_attach[pasid].hwpt
+            inode = idev.ictx.opened.key[1]
+            found.append(admin.Attachment(pasid or None, hwpt.type.name, hwpt.id, inode))
+    return found
 
 
 def _context(server: Server, context: OpenContext) -> admin.Context:

@@ -299,9 +299,16 @@ class Channel:
             self.server.reactor.modify(self.fd, FROM_CLIENT)
 
     def say(self, text: str) -> None:
-        """A line for a keeper; dropped when it does not read."""
+        """A line for a keeper, or several; dropped when it does not read."""
+        self._tell(text.encode() + b"\n")
+
+    def verdict(self, status: int) -> None:
+        """The keeper's exit status, if nothing else went wrong."""
+        self._tell(bytes([0, status]))
+
+    def _tell(self, packet: bytes) -> None:
         try:
-            self._send_data(text.encode() + b"\n", 0 if self._heeds else socket.MSG_DONTWAIT)
+            self._send_data(packet, 0 if self._heeds else socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._heeds = False  # it had SAY_TIMEOUT for it; others have waited
         except OSError:

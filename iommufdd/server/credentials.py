@@ -52,7 +52,7 @@ def task_of(connection: socket.socket, peer: Peer, machine: Machine, virtual: Vi
     caps = virtual.caps if virtual.caps is not None else capabilities(connection, peer)
     memlock = virtual.memlock if virtual.memlock is not None else Memlock(peer)
     uid = peer.uid if virtual.uid is None else virtual.uid
-    task = Task(machine.user(uid), memlock=memlock, name=f"pid {peer.pid}")
+    task = Task(machine.user(uid), memlock=memlock, name=f"pid {peer.pid}", pid=peer.pid)
     set_capabilities(task, caps)
     return task
 

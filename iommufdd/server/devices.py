@@ -35,6 +35,7 @@ class OpenDevice:
         self.instance = instance
         self.name = name
         self.uid = uid
+        self.owner: object = None  # the front end that opened it for a process
         self.file = ServedDevice(instance.machine, dev)
         self.file.opened = self
         instance.devices.add(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import weakref
 from typing import TYPE_CHECKING
 
 from iommufdd.context import Context
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
+    from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
     from iommufdd.machine_file import Machines
+    from iommufdd.user import EventListener
 
     from .channel import Channel
     from .devices import OpenDevice
@@ -39,6 +42,7 @@ class Instance:
         self.devices: set[OpenDevice] = set()
         self.vms: set[OpenVm] = set()
         self._users: set[object] = set()
+        machine.dma.pumping = instances.pumping
 
     def keep(self, user: object) -> None:
         """`user` needs the machine. Its name leads here until the last user lets it go."""
@@ -70,6 +74,7 @@ class OpenContext:
         self.instance = instance
         self.uid = uid
         self.container = container
+        self.owner: object = None  # the front end that opened it for a process
         instance.instances.nofile.charge(uid)
         try:
             self.identity = os.memfd_create("iommufd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -106,8 +111,11 @@ class Instances:
         self.devices: set[OpenDevice] = set()
         self.vms: set[OpenVm] = set()
         self.named: dict[str, Instance] = {}
+        self.pumping: Pumping | None = None  # of every machine's DMA
         self._new_machine = new_machine
         self._machines = machines
+        self._built: weakref.WeakSet[Machine] = weakref.WeakSet()
+        self._listener: EventListener | None = None
 
     def __iter__(self) -> Iterator[Instance]:
         """Every instance on which something is open."""
@@ -128,10 +136,26 @@ class Instances:
             raise EINVAL(f"{instance!r} is a machine: '@{instance}' is a private one, 'NAME@{instance}' a shared one")
         found = self.named.get(instance)
         if found is None:
-            return Instance(self, self._new_machine(instance, self._machines.describe(machine)))
+            return self._new(instance, self._machines.describe(machine))
         if machine and found.machine.description != self._machines.describe(machine):
             raise EEXIST(f"{instance!r} is there, as {found.machine.description.name!r}")
         return found
+
+    def _new(self, name: str, description: MachineDescription) -> Instance:
+        machine = self._new_machine(name, description)
+        self._built.add(machine)
+        if self._listener is not None:
+            machine.events.add(self._listener)
+        return Instance(self, machine)
+
+    def listen(self, listener: EventListener | None) -> None:
+        """Let it hear of all that happens on every machine, those to come included; None: nobody any more."""
+        for machine in self._built:
+            if self._listener is not None:
+                machine.events.remove(self._listener)
+            if listener is not None:
+                machine.events.add(listener)
+        self._listener = listener
 
     def find(self, fd: int) -> OpenContext:
         """The context that a descriptor identifies; EBADFD."""

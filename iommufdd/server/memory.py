@@ -44,6 +44,10 @@ class SharedFile(PageFile):
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
 
+    def __str__(self) -> str:
+        """"memfd:guest", or a path."""
+        return os.readlink(f"/proc/self/fd/{self.fd}").removesuffix(" (deleted)").replace("/memfd:", "memfd:", 1)
+
     def release(self) -> None:
         if self._map is not None:
             self._map = self._view = None  # closed with the last view of it
@@ -113,6 +117,9 @@ class PrivateFile(PageFile):
     def __init__(self, file: PageFile) -> None:
         self._file = file
         file.get()
+
+    def __str__(self) -> str:
+        return f"private pages of {self._file}"
 
     def release(self) -> None:
         self._file.put()

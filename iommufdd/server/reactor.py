@@ -11,6 +11,7 @@ and then sends a request, finds the close done.
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,8 @@ import trio
 from . import log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .files import Pipes
 
 HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -32,6 +35,19 @@ class Source(Protocol):
     def ready(self, mask: int) -> None:
         """epoll says so; never waits."""
         ...
+
+
+class Bell:
+    """Wakes the reactor while it waits through Trio."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def ring(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def ready(self, mask: int) -> None:
+        os.eventfd_read(self.fd)
 
 
 class Reactor:
@@ -49,6 +65,9 @@ class Reactor:
         self._sources: dict[int, Source] = {}
         self._pipes = pipes
         self._closers: set[int] = set()
+        self._work: Callable[[], bool] | None = None
+        self._bell = Bell()
+        self.register(self._bell.fd, self._bell, select.EPOLLIN)
         self.register(pipes.closers.fileno(), pipes, select.EPOLLIN, first=True)
 
     def register(self, fd: int, source: Source, events: int, *, first: bool = False) -> None:
@@ -66,10 +85,32 @@ class Reactor:
         self._closers.discard(fd)
         self._epoll.unregister(fd)
 
+    def work_on(self, work: Callable[[], bool]) -> None:
+        """Call `work` between batches until it says False; each call is as long as others may have to wait."""
+        if self._work is None:
+            self._work = work
+            self._bell.ring()
+
+    @property
+    def working(self) -> bool:
+        """There is something to do between batches."""
+        return self._work is not None
+
+    def work(self) -> bool:
+        """One call; False if there was nothing to do."""
+        if self._work is None:
+            return False
+        if not self._work():
+            self._work = None
+        return True
+
     async def run(self) -> None:
         """Serve until cancelled."""
         checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
         while True:
+            if self._work is not None:
+                checkpoint_at = await self._serve_and_work(checkpoint_at)
+                continue
             events = self._poll()
             if not events:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
@@ -80,6 +121,20 @@ class Reactor:
             if time.monotonic() > checkpoint_at:
                 await trio.lowlevel.checkpoint()
                 checkpoint_at = time.monotonic() + CHECKPOINT_INTERVAL
+
+    async def _serve_and_work(self, checkpoint_at: float) -> float:
+        """A batch without waiting for it, then a piece of work; when other tasks get their next turn."""
+        self.step()
+        self.work()
+        if self._work is None:
+            # Whoever waits for the work is another task, and may have more: no lingering.
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            self.step()
+        elif time.monotonic() < checkpoint_at:
+            return checkpoint_at
+        else:
+            await trio.lowlevel.checkpoint()
+        return time.monotonic() + CHECKPOINT_INTERVAL
 
     def step(self) -> bool:
         """Handle what is ready now; False if nothing was."""
@@ -98,6 +153,7 @@ class Reactor:
 
     def close(self) -> None:
         self._epoll.close()
+        os.close(self._bell.fd)
 
     def _poll(self) -> list[tuple[int, int]]:
         """What is ready, or becomes ready very soon."""

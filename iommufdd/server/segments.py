@@ -61,6 +61,21 @@ class SegmentMemory:
             return len(data)
         return self._write(addr, data)
 
+    def seen(self, addr: int, length: int) -> bytes:
+        """For who looks on: what lies there after the call, in memory that it could only write too."""
+        for index, (start, readable, writable, data) in enumerate(self.segments):
+            at, end = addr - start, min(addr + length - start, max(readable, writable))
+            if not 0 <= at < end:
+                continue
+            if isinstance(data, int):
+                return bytes(self.scratch.read(data + at, end - at)) if self.scratch is not None else NO_BYTES
+            image = bytearray(data[:end].ljust(end, b"\0"))
+            for where, offset, new in self.records:
+                if where == index and isinstance(new, bytes) and offset < end:
+                    image[offset : offset + len(new)] = new[: end - offset]
+            return bytes(image[at:])
+        return NO_BYTES
+
     # ---- the general case ----
 
     def _find(self, addr: int, length: int, *, write: bool) -> tuple[int, int, int] | None:

@@ -20,6 +20,7 @@ from .listener import Listener, SocketFile, adopt, is_listening, notify
 from .memory import PageFiles
 from .nofile import Nofile
 from .packet import TAIL
+from .pump import PATIENCE, Pump
 from .reactor import Reactor
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 
     from .channel import Channel
     from .fuse.session import Session
+    from .sanitize import Sanitize
     from .seccomp.fds import Watch
     from .seccomp.notify import Supervisor
+    from .trace import Trace
 
 LINGER = 0.001  # seconds; see Reactor
 
@@ -50,18 +53,30 @@ class Server:
         linger: float = LINGER,
         spin: float = 0.0,
         nofile: int | None = None,
+        patience: float = PATIENCE,
+        sanitize: str = "off",
     ) -> None:
+        """patience: seconds that devices wait for a page, see Pump. sanitize: off, report, fail (sanitizer.Mode)."""
         self.virtual = virtual
         self.virtual_caller = virtual_caller  # the admin socket may set credentials
         self.nofile = Nofile(nofile)
         self.page_files = PageFiles(self.nofile)
         self.pipes = Pipes(self.nofile)
+        self.sanitize: Sanitize | None = None
+        if sanitize != "off":
+            from .sanitize import Sanitize
+
+            self.sanitize = Sanitize(sanitize)
+            new_machine = self.sanitize.watched(new_machine)
         self.instances = Instances(new_machine, machines or Machines(), self.nofile)
         self.spaces = AddressSpaces()
         self.reactor = Reactor(self.pipes, linger, spin)
+        self.pump = Pump(self.reactor, lambda: [each.machine.dma for each in self.instances], patience)
+        self.instances.pumping = self.pump
         self.channels: set[Channel] = set()
         self.supervisors: set[Supervisor | Session] = set()
         self._watch: Watch | None = None
+        self._trace: Trace | None = None
         self.listeners: list[Listener] = []
         self.socket_files: list[SocketFile] = []
         self.ratelimit = log.Ratelimit()
@@ -90,12 +105,23 @@ class Server:
         return self._watch
 
     @property
+    def trace(self) -> Trace:
+        """Who follows what happens, made when first needed."""
+        if self._trace is None:
+            from .trace import Trace
+
+            self._trace = Trace(self.instances)
+        return self._trace
+
+    @property
     def alone(self) -> bool:
-        """There is one channel, and no descriptor out whose end would have to be seen before its next packet."""
-        return len(self.channels) == 1 and not self.pipes.by_key
+        """One channel and nothing else to do: no descriptor is out whose end must be seen before its next packet."""
+        return len(self.channels) == 1 and not self.pipes.by_key and not self.reactor.working
 
     def channel_closed(self) -> None:
-        if not self.channels and not self.supervisors:
+        """Or a supervisor, or a reader: when there is nobody left to serve, --terminate ends the daemon."""
+        ending = self._trace is not None and any(reader.ending for reader in self._trace.readers)
+        if not self.channels and not self.supervisors and not ending:
             self.idle.set()
 
     def close(self) -> None:
@@ -110,6 +136,8 @@ class Server:
             supervisor.close()
         if self._watch is not None:
             self._watch.close()
+        for reader in list(self._trace.readers) if self._trace is not None else ():
+            reader.close()
         self.reactor.close()
         self.pipes.close()
         self.page_files.close()
@@ -122,6 +150,7 @@ async def run(server: Server, *, admin: socket.socket | None = None, terminate: 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.reactor.run)
+            nursery.start_soon(server.pump.expire)
             if admin is not None:
                 nursery.start_soon(serve_admin, server, admin)
             if terminate:

@@ -16,7 +16,7 @@ from .iommufd import vfio_device
 if TYPE_CHECKING:
     from iommufdd.iommu.ops import Device
     from iommufdd.machine import Machine
-    from iommufdd.user import Caller, EventPort
+    from iommufdd.user import Caller
 
 UUID_SIZE = 16
 
@@ -24,12 +24,12 @@ UUID_SIZE = 16
 class VfioDeviceFile(File):
     """struct vfio_device_file: the device cannot be used through it until BIND has given access."""
 
-    def __init__(self, machine: Machine, dev: Device, events: EventPort | None = None) -> None:
+    def __init__(self, machine: Machine, dev: Device) -> None:
         """open(2) (vfio_device_fops_cdev_open); any number of files of one device may be open."""
         self.refs = 1
         self.machine = machine
         self.device = vfio_device(dev)
-        self.events = events
+        self.events = machine.events
         self.iommufd: Context | None = None  # once access is granted
         self.devid = 0
 
@@ -47,6 +47,8 @@ class VfioDeviceFile(File):
 
     def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """One ioctl(2): the result, or minus an errno with caller.error telling why."""
+        events = self.events
+        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
         caller.error = None
         try:
             self._ioctl(caller, cmd, uptr)
@@ -54,8 +56,8 @@ class VfioDeviceFile(File):
         except IommufdError as error:
             caller.error = error
             rc = -error.errno
-        if self.events is not None:
-            self.events.ioctl(self, caller, cmd, uptr, rc)
+        if entered is not None:
+            events.ioctl(self, caller, cmd, uptr, rc, entered)
         return rc
 
     def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> NoReturn:

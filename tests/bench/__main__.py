@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import depth, dirty, hardware, mapping, replay, roundtrip, startup, supervised
+from . import depth, dirty, hardware, mapping, replay, roundtrip, sanitizer, startup, supervised
 from .measure import Plan, Unavailable, measure
 from .table import as_json, progress, table
 
@@ -26,6 +26,7 @@ BENCHES: dict[str, Bench] = {
         mapping.BENCH,
         dirty.BENCH,
         replay.BENCH,
+        sanitizer.BENCH,
         startup.BENCH,
         supervised.BENCH,
         hardware.TRANSLATE,

@@ -1,10 +1,11 @@
-// calls WHAT COUNT: seconds for one call, bare or under `iommufdctl run`.
+// calls WHAT COUNT: seconds for one call, bare or under `iommufdctl run` or `mount --exact`.
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -27,6 +28,10 @@ static int once(const char *what, int fd)
 	}
 	if (!strcmp(what, "read"))
 		return read(fd, &byte, 1) != 1;
+	if (!strcmp(what, "mmap")) {
+		void *at = mmap(0, 4096, PROT_READ, MAP_PRIVATE, fd, 0);
+		return at == MAP_FAILED || munmap(at, 4096);
+	}
 	fd = open("/dev/null", !strcmp(what, "rdwr") ? O_RDWR : O_RDONLY);
 	return fd < 0 || close(fd);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufd_client.admin import Admin
 from iommufd_client.iommufd import Iommufd
 
 from .measure import US, Aim, Bench, Case, Plan, client_cpu, server_cpu
@@ -57,6 +58,7 @@ def _cases(plan: Plan, c: Pinger, place: Placement, path: str) -> list[Case]:
         Case("C client, daemon", place.name, call, base=floor, aim=place.aim),
         Case("Python client, daemon", place.name, _python(path, count), base=floor),
         Case("C client, daemon with an idle one", place.name, _beside_another(path, call), base=floor),
+        Case("C client, traced by one who does not read", place.name, _traced(path, call), base=floor),
     ]
 
 
@@ -73,6 +75,17 @@ def _python(path: str, count: int) -> Callable[[], float]:
 def _beside_another(path: str, call: Callable[[], float]) -> Callable[[], float]:
     def run() -> float:
         with Raw(path):
+            return call()
+
+    return run
+
+
+def _traced(path: str, call: Callable[[], float]) -> Callable[[], float]:
+    """All other cases are those of a daemon that nobody follows, or no longer."""
+
+    def run() -> float:
+        with Admin(path + ".admin") as admin:
+            admin.trace()
             return call()
 
     return run

@@ -1,4 +1,4 @@
-"""Under `iommufdctl run` and `mount`: an ioctl; under `run` also what everything else costs more, and the start."""
+"""Under `iommufdctl run` and `mount`: an ioctl; what other calls cost more where there is a filter, and the start."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("calls.c")
 RUN = (sys.executable, "-m", "iommufd_client.cli", "run", "--")
 MOUNT = (sys.executable, "-m", "iommufd_client.cli", "mount", "/dev/iommu", "--")
-BARE, UNDER, MOUNTED = "bare", "under run", "under mount"
+EXACT = (*MOUNT[:-2], "--exact", *MOUNT[-2:])
+BARE, UNDER, MOUNTED, EXACTLY = "bare", "under run", "under mount", "under mount --exact"
 CALLS = {
     "open and close, O_RDONLY": "rdonly",
-    "open and close, O_RDWR (notified)": "rdwr",
+    "open and close, O_RDWR (notified by run)": "rdwr",
     "read of an ordinary file": "read",
+    "mmap and munmap of a file (notified by mount --exact)": "mmap",
 }
 
 
@@ -54,12 +56,19 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
             return run
 
         found = [Case("ioctl of /dev/iommu", UNDER, timed(*RUN, program, "ioctl"))]
-        if not subprocess.run([*MOUNT, "true"], env=environment, stderr=subprocess.DEVNULL).returncode:
-            found.append(Case("ioctl of /dev/iommu", MOUNTED, timed(*MOUNT, program, "ioctl")))
+        ways: dict[str, tuple[str, ...]] = {UNDER: RUN}
+        mounts: tuple[tuple[str, tuple[str, ...]], ...] = (MOUNTED, MOUNT), (EXACTLY, EXACT)
+        for name, words in mounts:
+            if not subprocess.run([*words, "true"], env=environment, stderr=subprocess.DEVNULL).returncode:
+                found.append(Case("ioctl of /dev/iommu", name, timed(*words, program, "ioctl")))
+                ways[name] = words
+        ways.pop(MOUNTED, None)  # it has no filter: all other calls are the kernel's
         for row, what in CALLS.items():
             bare = Case(row, BARE, timed(program, what))
             aim = Aim(ratio=1.05) if what == "rdonly" else None
-            found += [bare, Case(row, UNDER, timed(*RUN, program, what), base=bare, aim=aim)]
+            found.append(bare)
+            for name, words in ways.items():
+                found.append(Case(row, name, timed(*words, program, what), base=bare, aim=aim))
         start = Case("start of `true`", BARE, started("true"))
         yield [*found, start, Case("start of `true`", UNDER, started(*RUN, "true"))]
 

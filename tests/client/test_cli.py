@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from iommufd_client import Iommufd
     from iommufd_client.testing import Daemon
 
-COMMANDS = ("show", "doctor", "ioctls", "machine", "mount", "run", "demo")
+COMMANDS = ("show", "doctor", "ioctls", "machine", "mount", "run", "sanitize", "dma", "walk", "trace", "demo")
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -224,6 +224,19 @@ def test_ioctls_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---- demo ----
+
+
+def test_demo_of_a_shared_table() -> None:
+    """A DMA misses, asks, goes on; the slot goes, and it fails; the slot comes back. Nothing is ever pinned."""
+    done = run("demo", "kvm")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "hwpt_kvm 2", "Device or resource busy", "stage 2 level 5", "1 page request, 0 answered FAILURE",
+        "2 page requests, 1 answered FAILURE", "3 page requests", "0 invariants broken",
+        "pages that anybody had pinned: 0; objects left in the daemon: 0",
+    ):  # fmt: skip
+        assert words in done.stdout, words
+    assert done.stderr == ""
 
 
 def test_demo() -> None:

@@ -240,8 +240,11 @@ def test_for_whom_it_can_be_mounted(good_host: pytest.MonkeyPatch, tmp_path: Pat
     assert finding.advice.endswith("modprobe fuse")
     has_fuse(good_host, tmp_path / "fuse", user=0)
     assert doctor_run.mounts() == doctor_run.ALL
+    assert [(each.topic, each.verdict) for each in doctor_run.mount()] == [("mount", OK), ("mount --exact", OK)]
     good_host.setattr(probe, "mount_for_all", failing(errno.EPERM))
     assert doctor_run.mounts() == doctor_run.ONE
+    good_host.setattr(probe, "listen", failing(errno.EBUSY))
+    assert [(each.topic, each.verdict) for each in doctor_run.mount()] == [("mount", OK), ("mount --exact", NOTE)]
     has_fuse(good_host, tmp_path / "fuse", user=1000)
     good_host.setattr(probe, "mount_for_one", failing(errno.EPERM))
     (finding,) = doctor_run.mount()

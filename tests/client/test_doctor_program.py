@@ -192,23 +192,29 @@ def test_32_bits(machine: int, make: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("failing", "mounts", "user", "expected"),
     [
-        ("run: listener", NOBODY, 0, "none"),
-        ("run: listener", ALL, 0, "mount"),
-        ("run: seccomp", ONE, 1000, "mount"),
-        ("run: ptrace", ONE, 1000, "mount"),  # CMD is then in a user namespace of ours
-        ("run: ptrace", ALL, 0, "none"),
-        ("run: machine", ALL, 0, "none"),
-        ("memfd seals", ALL, 0, "none"),
+        ("run: listener", NOBODY, 0, ()),
+        ("run: listener", ALL, 0, ("mount",)),
+        ("run: seccomp", ONE, 1000, ("mount",)),
+        ("run: ptrace", ONE, 1000, ("mount", "--exact")),  # CMD is then in a user namespace of ours
+        ("run: ptrace", ALL, 0, ()),
+        ("run: machine", ALL, 0, ()),
+        ("memfd seals", ALL, 0, ()),
     ],
 )
 def test_where_run_does_not_work(
-    failing: str, mounts: str, user: int, expected: str, make: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    failing: str,
+    mounts: str,
+    user: int,
+    expected: tuple[str, ...],
+    make: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = make(elf())
     program = dp.look(path)
     monkeypatch.setattr(os, "geteuid", lambda: user)
     found = dp.choose(program, [path], (failing,), mounts)
-    assert found.way == expected
+    assert found.way == (expected[0] if expected else "none")
+    assert found.commands == tuple([" ".join(["iommufdctl", *expected, "/dev/iommu --", path])] * bool(expected))
     assert failing in found.reason
 
 
@@ -263,7 +269,9 @@ def test_root_keeps_privileges_by_mount(make: Callable[..., str], monkeypatch: p
     path = make(elf())
     program = dp.look(path)._replace(privileges=("file capabilities",))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert dp.choose(program, [path], (), ALL).commands == (f"iommufdctl mount /dev/iommu -- {path}",)
+    assert dp.choose(program, [path], (), ALL).commands == (f"iommufdctl mount --exact /dev/iommu -- {path}",)
+    failing = ("run: listener",)
+    assert dp.choose(program, [path], failing, ALL).commands == (f"iommufdctl mount /dev/iommu -- {path}",)
     assert dp.choose(program, [path], (), NOBODY).way == "run"
 
 

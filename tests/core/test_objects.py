@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import iommufd_uapi.iommufd as uapi
+from iommufd_uapi.events import Dma, Event
 from iommufdd.context import Context
 from iommufdd.errors import EBUSY, ENOENT, ENOMEM
 from iommufdd.objects import MAX_ID, Holder, IommufdObject, ObjectTable, ObjectType
-from iommufdd.user import FaultGate, Gate
+from iommufdd.user import Events, FaultGate, Gate
 from iommufdd.wiring import new_machine
 
 from .harness import NEST_PARENT, Client
@@ -31,20 +32,35 @@ class Thing(IommufdObject):
 
 
 class Recorder:
-    """The event port."""
+    """A listener of the event port."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def ioctl(self, ictx: object, caller: object, cmd: int, uptr: int, rc: int) -> None:
+    def enter(self, ictx: object, caller: object, cmd: int, uptr: int) -> object:
+        return cmd
+
+    def ioctl(self, ictx: object, caller: object, cmd: int, uptr: int, rc: int, entered: object) -> None:
+        assert entered == cmd
         self.seen.append(f"ioctl {rc}")
+
+    def transfer(
+        self, eventq: object, verb: str, caller: object, addr: int, count: int, rc: int, entered: object
+    ) -> None:
+        self.seen.append(f"{verb} {eventq} {count} = {rc}")
 
     def object(self, ictx: object, verb: str, obj: object) -> None:
         self.seen.append(f"{verb} {obj}")
 
+    def hardware(self, port: Events, event: Event) -> None:
+        self.seen.append(f"{port.machine}: {event}")
 
-def table(events: Recorder | None = None) -> tuple[ObjectTable, list[str]]:
-    return ObjectTable(Context(new_machine("test")), events), []
+
+def table(listener: Recorder | None = None) -> tuple[ObjectTable, list[str]]:
+    context = Context(new_machine("test"))
+    if listener is not None:
+        context.events.add(listener)
+    return ObjectTable(context, context.events), []
 
 
 def born(objects: ObjectTable, log: list[str]) -> Thing:
@@ -166,10 +182,30 @@ def test_birth_and_end_are_told_to_the_event_port() -> None:
 def test_an_ioctl_is_told_with_its_answer() -> None:
     events = Recorder()
     c = Client()
-    c.ictx.events = events
+    port = c.ictx.machine.events
+    assert not port.listening
+    port.add(events)
     c.ioas_alloc()
     c.destroy(7, errno.ENOENT)
-    assert events.seen == ["ioctl 0", f"ioctl {-errno.ENOENT}"]
+    assert events.seen == ["alloc ioas 1", "ioctl 0", f"ioctl {-errno.ENOENT}"]
+    port.remove(events)
+    c.ioas_alloc()
+    assert len(events.seen) == 3
+    assert not port.listening
+
+
+def test_several_listen_to_the_hardware() -> None:
+    port = Events("lab")
+    first, second = Recorder(), Recorder()
+    port.add(first)
+    port.add(second)
+    event = Dma("vfio0", 0, 0x1000, 4, "read")
+    port.hardware(event)
+    port.remove(first)
+    assert port.listening
+    port.hardware(event)
+    assert event.machine == "lab"
+    assert (len(first.seen), len(second.seen)) == (1, 2)
 
 
 # ---- by ioctl ----

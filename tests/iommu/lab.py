@@ -40,9 +40,11 @@ class GuestRam:
 class Lab:
     """One context, one VT-d unit, devices on demand."""
 
-    def __init__(self, iommu: Vtd | None = None, *, mode: str = "greedy", **capabilities: object) -> None:
-        """mode: of the caches. capabilities: keys of VtdIommu."""
-        caches = Caches(mode=mode)  # type: ignore[arg-type]
+    def __init__(
+        self, iommu: Vtd | None = None, *, mode: str = "greedy", entries: int = 4096, **capabilities: object
+    ) -> None:
+        """mode, entries: of the caches. capabilities: keys of VtdIommu."""
+        caches = Caches(mode=mode, iotlb_entries=entries)  # type: ignore[arg-type]
         self.c = Client()
         self.iommu = iommu or Vtd(VtdIommu(name="dmar0", caches=caches, **capabilities))  # type: ignore[arg-type]
         self.driver = Holder()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import iommufd_uapi.iommufd as uapi
+import iommufd_uapi.iommufd_test as test_uapi
 from iommufdd.iommu.dma import Op, State
 from iommufdd.iommu.vtd_regs import Reason
-from tests.core.harness import FAULT
+from tests.core.harness import FAULT, OPS
 
 from .lab import Lab, endpoint
 
@@ -79,3 +80,46 @@ def test_replace_sees_old_or_new() -> None:
     lab.replace(idev, ioas_b)
     assert lab.read(idev, 0x3000, 1) == b"B"
     assert set(seen) <= {b"A", b"B"}
+
+
+def test_a_revoked_dmabuf_leaves_the_caches() -> None:
+    lab = Lab()
+    idev, other = lab.device(), lab.device(ats=True)
+    ioas, _ = lab.ram()
+    lab.attach(idev, ioas)
+    copy = lab.c.ioas_alloc()
+    lab.attach(other, copy)
+    fd = lab.c.result(test_uapi.TestCmd(op=OPS[test_uapi.DmabufGet], u=test_uapi.DmabufGet(4096).pack()))
+    iova = lab.c.map_file(ioas, fd, 0, 4096)
+    lab.c.copy(copy, ioas, iova, 4096, iova)
+    lab.write(idev, iova, b"cached")
+    lab.write(other, iova, b"cached")
+    lab.c.test(test_uapi.DmabufRevoke(fd, True))
+    assert lab.fault(idev, iova) == Reason.FS_NOT_PRESENT
+    assert lab.fault(other, iova) == Reason.FS_NOT_PRESENT
+
+
+def test_a_large_page_around_the_interrupt_range_does_not_reach_into_it() -> None:
+    lab = Lab()
+    idev = lab.device()
+    hwpt, ram, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    table.map(0xFEE00000, 0x200000, level=2)
+    ram.write(0x300000, b"behind")
+    assert lab.read(idev, 0xFEF00000, 6) == b"behind"
+    assert lab.fault(idev, 0xFEE00000) == Reason.INTERRUPT
+    assert lab.fault(idev, 0xFEEFFFFF) == Reason.INTERRUPT
+
+
+def test_a_fault_has_all_its_steps_from_wherever_the_walk_began() -> None:
+    lab = Lab()
+    idev = lab.device()
+    hwpt, _, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    table.map(0x7000, 0x8000)
+    lab.read(idev, 0x7000)  # keeps the tables
+    for iova, levels in ((0x9000, [4, 3, 2, 1]), (0x20_0000, [4, 3, 2])):
+        dma = lab.dma(idev, Op.READ, iova)
+        dma.run()
+        assert dma.fault is not None
+        assert [step.level for step in dma.fault.steps] == levels

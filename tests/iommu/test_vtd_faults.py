@@ -15,7 +15,7 @@ from .tables import X86Table, flags
 from .walk_checks import LOW, guest
 
 CASES: dict[int, Callable[[], Dma]] = {}
-EDGE = 0x0FF000  # the last page before guest memory's tables: its bytes are the last before the file is cut
+EDGE = 0x00F000  # its bytes are the last of the memory's file, which is cut off before them
 
 
 def raises(code: int) -> Callable[[Callable[[], Dma]], Callable[[], Dma]]:
@@ -61,7 +61,7 @@ def cut(level: int) -> Dma:
     if level < 4:
         table.set(table.slot(LOW, level + 1), EDGE | flags("rwua"))
     board.publish(board.fields(fspt=EDGE if level == 4 else table.root))
-    board.file.truncate(0x2FF000)
+    board.file.truncate(0x8F000)
     return board.dma(Op.READ, LOW, 8)
 
 

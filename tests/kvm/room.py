@@ -28,7 +28,7 @@ class Room(Lab):
         **capabilities: object,
     ) -> None:  # fmt: skip
         """check: the invariants are looked at after every change."""
-        super().__init__(iommu, mode=mode, **capabilities)
+        super().__init__(iommu, mode=mode, **capabilities)  # type: ignore[arg-type]
         self.vm = self.new_vm(self.c, features, check=check)
         self.fd = self.c.process.install(self.vm)
         self.vm.put()  # the descriptor has it

@@ -303,7 +303,7 @@ def test_in_the_queue_of_a_machine_it_is_the_same() -> None:
         dma = room.dma(idev, Op.READ, page * 4096, 4096)
         dma.ended = ended.append
         queue.submit(dma)
-    while queue.pump(1):
+    while queue.pump(1, 1 << 20):
         assert len(set(queue.running)) == len(queue.running)
     assert [getattr(dma, "state", None) for dma in ended].count(State.DONE) == 3
     assert len(ended) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,19 @@ __all__ = ["LIMIT", "compiled", "linked"]
 HABITS = Path(__file__).with_name("habits.py")
 
 
+CAP_SYS_ADMIN = 1 << 21
+
+
+def passthrough() -> bool:
+    """Whether the kernel lets a daemon of ours give a file a file behind it."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        caps = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff"))
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        whole = file.read().split() == ["0", "0", "4294967295"]
+    release = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+    return bool(caps & CAP_SYS_ADMIN) and whole and release >= (6, 9)
+
+
 class Mount(Run):
     """The command under test."""
 
@@ -36,6 +50,17 @@ def mount() -> Mount:
     probe = mount("/dev/iommu", "--", "true")
     if probe.returncode:
         pytest.skip(f"nothing can be mounted here: {probe.stderr.strip()}")
+    return mount
+
+
+@pytest.fixture(scope="session")
+def exact(mount: Mount) -> Mount:
+    """Skips where nobody may listen to seccomp, and where registers cannot be mapped."""
+    probe = mount("--exact", "/dev/iommu", "--", "true")
+    if probe.returncode:
+        pytest.skip(f"no seccomp user notification here: {probe.stderr.strip()}")
+    if os.uname().machine != "x86_64":
+        pytest.skip("descriptors are given and registers mapped on x86-64 only")
     return mount
 
 

@@ -14,6 +14,7 @@ import pytest
 from .conftest import HABITS, LIMIT
 
 if TYPE_CHECKING:
+    from iommufd_client.admin import Admin
     from iommufd_client.testing import Daemon
     from iommufd_uapi.admin import Counts
 
@@ -56,10 +57,15 @@ def test_nothing_is_left_in_the_daemon(mount: Mount, daemon: Daemon) -> None:
         before = admin.stats()
         for habit in ("node", "numbers", "crowd", "killed"):
             mount.habit(habit, "--socket-path", daemon.socket_path)
-        end = time.monotonic() + 5
-        while (left := _more(before, admin.stats())) and time.monotonic() < end:
-            time.sleep(0.02)
-    assert left == []
+        assert left_behind(before, admin) == []
+
+
+def left_behind(before: Counts, admin: Admin) -> list[str]:
+    """What there is more of, when it has had time to go."""
+    end = time.monotonic() + 5
+    while (left := _more(before, admin.stats())) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
 
 
 def _more(before: Counts, after: Counts) -> list[str]:
@@ -80,6 +86,12 @@ def test_what_fails_is_explained(mount: Mount) -> None:
 @pytest.mark.parametrize("habit", ["node", "numbers", "wakes", "crowd"])
 def test_as_another_user_in_a_user_namespace(mount: Mount, habit: str) -> None:
     """Mounted, served and used without any privilege."""
+    result = become_another_user(mount, "/dev/iommu", "--", sys.executable, str(HABITS), habit)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def become_another_user(mount: Mount, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as somebody without rights."""
     if os.geteuid():
         pytest.skip("only root can become another user")
     become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
@@ -93,5 +105,4 @@ def test_as_another_user_in_a_user_namespace(mount: Mount, habit: str) -> None:
     probe = run(*mount.words("/dev/iommu", "--", "true"))
     if probe.returncode:
         pytest.skip(f"another user cannot: {probe.stderr.strip().splitlines()[-1]}")
-    result = run(*mount.words("/dev/iommu", "--", sys.executable, str(HABITS), habit))
-    assert result.returncode == 0, result.stdout + result.stderr
+    return run(*mount.words(*arguments))

@@ -86,6 +86,17 @@ def test_children_that_outlive_the_command_are_served(run: Run, compiled: Path, 
     assert _soon(lambda: answer.read_text() == "served\n")
 
 
+def test_a_command_that_ends_before_the_daemon_is_up(run: Run, tmp_path: Path) -> None:
+    """The daemon, which has only begun to start, asks for the keeper when CMD has long ended."""
+    out = tmp_path / "out"
+    left = ': <>/dev/iommu; echo "$? served" >"$0"'
+    words = run.words("--", "sh", "-c", 'sh -c "$1" "$0" &', out, left)
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=run.environment) as process:  # no pipe keeps a zombie
+        assert process.wait(PATIENCE) == 0
+    assert _soon(lambda: out.exists() and out.read_text().endswith("\n"))
+    assert out.read_text() == "0 served\n"
+
+
 def test_orphans_of_the_command_are_reaped(run: Run, daemon: Daemon) -> None:
     script = "(sleep 0.1 & sleep 0.1 & true); sleep 0.5; echo $$; cat /proc/$PPID/task/$PPID/children"
     out = run("--socket-path", daemon.socket_path, "--", "sh", "-c", script).stdout

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from iommufd_client import filter as bpf
-from iommufd_uapi.seccomp import ARCHITECTURES, SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, Syscalls
+from iommufd_uapi.seccomp import ARCHITECTURES, MARK, SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, VFS_IOCTLS, Syscalls
 
 BASE = 900
 OURS, OTHER = BASE + 5, 3
@@ -101,6 +101,38 @@ def test_capabilities_only_when_they_are_virtual(numbers: Syscalls) -> None:
     for nr in (numbers.capget, numbers.capset):
         assert not notified(bpf.program(numbers, BASE), numbers, nr)
         assert notified(bpf.program(numbers, BASE, caps=True), numbers, nr)
+
+
+@pytest.fixture
+def exact(numbers: Syscalls) -> bytes:
+    return bpf.exact_program(numbers)
+
+
+def test_exact_takes_every_mapping_of_a_file_but_the_loaders_and_our_own(exact: bytes, numbers: Syscalls) -> None:
+    mark = MARK << 32
+    for flags in (1, 2, 3, 0x11):
+        assert notified(exact, numbers, numbers.mmap, 0, 4096, 3, flags, OTHER, 0)
+    assert notified(exact, numbers, numbers.mmap, 0, 4096, 3, 1, 1 << 32 | OTHER, 0)
+    assert not notified(exact, numbers, numbers.mmap, 0, 4096, 3, 1, mark | OTHER, 0)
+    assert not notified(exact, numbers, numbers.mmap, 0, 4096, 3, 0x22, OTHER, 0)  # anonymous
+    assert not notified(exact, numbers, numbers.mmap, 0, 4096, 3, 0x802, OTHER, 0)  # MAP_DENYWRITE
+    assert not notified(exact, numbers, numbers.mmap, 0, 4096, 3, 1, 2**64 - 1, 0)
+
+
+@pytest.mark.parametrize("name", ["read", "write", "pread64", "pwrite64", "readv", "writev", "preadv2", "pwritev2"])
+def test_exact_takes_reads_and_writes_of_nothing(exact: bytes, numbers: Syscalls, name: str) -> None:
+    nr = getattr(numbers, name)
+    assert notified(exact, numbers, nr, OTHER, 4096, 0)
+    assert not notified(exact, numbers, nr, OTHER, 4096, 1)
+
+
+def test_exact_takes_the_ioctls_that_never_reach_a_file(exact: bytes, numbers: Syscalls) -> None:
+    for cmd in VFS_IOCTLS:
+        assert notified(exact, numbers, numbers.ioctl, OTHER, cmd)
+    assert not notified(exact, numbers, numbers.ioctl, OTHER, 0x3B81)
+    assert not notified(exact, numbers, numbers.openat, 0, 0, os.O_RDWR)
+    assert not notified(exact, numbers, numbers.lseek, OTHER)
+    assert not notified(exact, numbers, numbers.ioctl, OTHER, VFS_IOCTLS[0], arch=0x4000_0003)
 
 
 def test_another_architecture_is_left_alone(numbers: Syscalls) -> None:

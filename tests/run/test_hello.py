@@ -24,8 +24,14 @@ def test_the_structs_of_the_keeper_are_those_of_the_wire() -> None:
     assert client.HELLO.size == wire.Hello.SIZEOF
     assert HELLO_REPLY.size == wire.HelloReply.SIZEOF
     assert (client.MAGIC, client.VERSION, client.SUPERVISE) == (wire.MAGIC, wire.VERSION, wire.Kind.SUPERVISE)
-    flags = (wire.SUPERVISE_EXPLAIN, wire.SUPERVISE_SUMMARY, wire.SUPERVISE_PROC, wire.SUPERVISE_REACH)
-    assert flags == (client.EXPLAIN, client.SUMMARY, client.PROC, client.REACH)
+    flags = (
+        wire.SUPERVISE_EXPLAIN,
+        wire.SUPERVISE_SUMMARY,
+        wire.SUPERVISE_PROC,
+        wire.SUPERVISE_REACH,
+        wire.SUPERVISE_TRACE,
+    )
+    assert flags == (client.EXPLAIN, client.SUMMARY, client.PROC, client.REACH, client.TRACE)
 
 
 def ask(daemon: Daemon, fds: list[int], *, base: int = 900, text: bytes = b"", **fields: Any) -> int:
@@ -53,6 +59,17 @@ def test_what_is_no_listener_is_refused(daemon: Daemon, files: list[int]) -> Non
     assert ask(daemon, []) == errno.EBADF
     assert ask(daemon, files[:1]) == errno.EBADF
     assert ask(daemon, files * 2) == errno.EBADF
+
+
+def test_a_trace_goes_to_a_stream_socket(daemon: Daemon, files: list[int]) -> None:
+    assert ask(daemon, files, flags=wire.SUPERVISE_TRACE) == errno.EBADF
+    assert ask(daemon, [*files, files[0]], flags=wire.SUPERVISE_TRACE) == errno.EINVAL
+    for kind in (socket.SOCK_SEQPACKET, socket.SOCK_STREAM):  # the second is right; the listener is still none
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        with ours, theirs:
+            assert ask(daemon, [*files, theirs.fileno()], flags=wire.SUPERVISE_TRACE) == errno.EINVAL
+            theirs.close()
+            assert ours.recv(1) == b"", "the daemon has kept nothing of a refused hello"
 
 
 def test_fields_that_mean_nothing_are_refused(daemon: Daemon, files: list[int]) -> None:

@@ -37,8 +37,8 @@ def test_explain_tells_name_fields_and_reason(run: Run, compiled: Path, daemon: 
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert "IOMMU_IOAS_ALLOC = EOPNOTSUPP: " in lines[0]
-    assert "{size=12, flags=1, out_ioas_id=0}" in lines[0]
-    assert "IOMMU_DESTROY = ENOENT: there is no object 99 {size=8, id=99}" in lines[1]
+    assert "{flags=1}" in lines[0]
+    assert "IOMMU_DESTROY = ENOENT: there is no object 99 {id=99}" in lines[1]
 
 
 def test_summary_counts_calls_and_what_was_left(run: Run, compiled: Path, tmp_path: Path) -> None:

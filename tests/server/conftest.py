@@ -155,7 +155,7 @@ class Local:
         self.peers: list[LocalPeer] = []
 
     def pump(self) -> None:
-        while self.server.reactor.step():
+        while self.server.reactor.step() or self.server.reactor.work():
             pass
 
     def connect(self, **options: Any) -> LocalPeer:

@@ -72,7 +72,7 @@ def pointed_fds(cmd: int, struct_bytes: BytesLike) -> Sequence[tuple[int, int]]:
     """Where fds are in memory that the struct points to: (offset of the pointer, offset behind it)."""
     if cmd != HwptAlloc.CMD:
         return ()
-    struct = HwptAlloc.unpack(_whole(struct_bytes, HwptAlloc.SIZEOF))
+    struct = HwptAlloc.unpack(whole(struct_bytes, HwptAlloc.SIZEOF))
     if struct.data_type != IOMMU_HWPT_DATA_KVM or struct.data_len != HwptKvm.SIZEOF:
         return ()
     return [(HwptAlloc.offsetof("data_uptr"), fd.offset) for fd in HwptKvm.FDS]
@@ -110,14 +110,14 @@ _ANY = _CONTAINER | _DEVICE | _KVM | {struct.CMD: _iommufd(struct) for struct in
 def _arguments(cmd: int, data: BytesLike, device: bool) -> Arguments | None:
     if cmd != TestCmd.CMD:
         return (_DEVICE if device else _ANY).get(cmd)
-    return _TEST.get(int.from_bytes(_whole(data, TestCmd.SIZEOF)[4:8], "little"))
+    return _TEST.get(int.from_bytes(whole(data, TestCmd.SIZEOF)[4:8], "little"))
 
 
 def _unpack(found: Arguments, data: BytesLike) -> Layout:
-    return found.layout.unpack(_whole(data, found.start + found.layout.SIZEOF), found.start)
+    return found.layout.unpack(whole(data, found.start + found.layout.SIZEOF), found.start)
 
 
-def _whole(data: BytesLike, size: int) -> BytesLike:
+def whole(data: BytesLike, size: int) -> BytesLike:
     """copy_struct_from_user(): at least `size` bytes; what the struct does not have is zero."""
     have = min(int.from_bytes(data[:4], "little"), len(data))
     return data if have >= size else bytes(data[:have]).ljust(size, b"\0")

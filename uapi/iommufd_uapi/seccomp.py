@@ -36,6 +36,13 @@ REACH_PIDS = 4096  #: pids after a REACH_MM at most
 
 NOTIF_PAGE = 4096  #: bytes of the file that shows the id of the notification in work, so that the keeper can answer it
 
+#: The upper half of mmap's fd, which the kernel ignores, in the daemon's own calls: the filter of `mount --exact` lets
+#: them by.
+MARK = 0x696F_6664
+
+#: ioctls of a regular file that the VFS answers; ENOTTY on a device: FIONREAD, FIBMAP, FIOQSIZE
+VFS_IOCTLS = (0x541B, 0x0001, 0x5460)
+
 
 class Syscalls(NamedTuple):
     """System call numbers of an architecture; -1 for one that it does not have."""

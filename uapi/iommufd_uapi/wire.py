@@ -71,6 +71,9 @@ SUPERVISE_PROC = 4  #: Hello.flags: serve /proc/N/status and fault injection
 SUPERVISE_REACH = 32  #: Hello.flags: the keeper opens what the daemon may not
 MOUNT_OTHERS = 8  #: Hello.flags: callers may be other users than who mounted it
 MOUNT_CONTAINER = 16  #: Hello.flags: as /dev/vfio/vfio
+SUPERVISE_TRACE = 64  #: Hello.flags: the last descriptor is a stream socket, for a line of text an event
+SUPERVISE_SANITIZE = 128  #: Hello.flags: tell of translations used that should have been flushed
+SUPERVISE_SANITIZE_FAIL = 256  #: Hello.flags: the same, and a verdict; DMA through what was never flushed fails
 MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE or MOUNT
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 

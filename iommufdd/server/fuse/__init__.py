@@ -8,5 +8,8 @@ calls.py    what each request does
 files.py    what is open, and the descriptor table of a caller
 caller.py   who calls
 inject.py   descriptors for callers: the calling thread is made to open the file again (ptrace.py)
+backing.py  the file behind mappings, where the kernel takes one
+exact.py    the calls that never reach a FUSE file, by a seccomp listener (`mount --exact`)
+identity.py which open file a descriptor shows
 abi.py      include/uapi/linux/fuse.h
 """

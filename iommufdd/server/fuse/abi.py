@@ -3,7 +3,7 @@
 import struct
 
 KERNEL_VERSION = 7
-MINOR_VERSION = 40  # what is used here: FOPEN_PARALLEL_DIRECT_WRITES of 7.38
+MINOR_VERSION = 40  # what is used here: FOPEN_PASSTHROUGH
 
 FORGET = 2
 GETATTR = 3
@@ -29,6 +29,7 @@ IN_HEADER = struct.Struct("<IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid
 OUT_HEADER = struct.Struct("<IiQ")  # len, error, unique
 
 INIT_IN = struct.Struct("<IIII")  # major, minor, max_readahead, flags
+INIT_IN_FLAGS2 = struct.Struct("<16xI")  # what follows, if flags have INIT_EXT
 # major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
 # map_alignment, flags2, max_stack_depth, request_timeout
 INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
@@ -48,14 +49,20 @@ POLL_WAKEUP_OUT = struct.Struct("<Q")  # kh
 STATFS_OUT = struct.Struct("<5Q10I")  # blocks, bfree, bavail, files, ffree, bsize, namelen, frsize, padding, spare
 
 INIT_ATOMIC_O_TRUNC = 1 << 3
+INIT_EXT = 1 << 30
+INIT2_PASSTHROUGH = 1 << 37 - 32
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_STREAM = 1 << 4
 FOPEN_NOFLUSH = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+FOPEN_PASSTHROUGH = 1 << 7
 FATTR_OWNER_MODE = 0b111  # FATTR_MODE, FATTR_UID, FATTR_GID
 FATTR_SIZE = 1 << 3
 IOCTL_COMPAT = 1 << 0
 POLL_SCHEDULE_NOTIFY = 1 << 0
+
+DEV_IOC_BACKING_OPEN = 0x4010_E501
+BACKING_MAP = struct.Struct("<iIQ")  # fd, flags, padding
 
 ROOT_INO = 1
 S_IFREG = 0o100000

@@ -9,7 +9,7 @@ from iommufdd.server.seccomp.procmm import ProcMm, Vma
 from iommufdd.server.seccomp.target import CallerMemory, Process, TaskFolder
 from iommufdd.user import Caller
 
-from .files import OUR_DEVICES, MountDescriptors
+from .files import BACKED_DEVICES, OUR_DEVICES, MountDescriptors
 
 if TYPE_CHECKING:
     from .session import Session
@@ -20,7 +20,7 @@ class MountMm(ProcMm):
 
     def find(self, addr: int) -> Vma | None:
         vma = super().find(addr)
-        return None if vma is not None and vma.dev in OUR_DEVICES else vma
+        return None if vma is not None and vma.dev in OUR_DEVICES and vma.dev not in BACKED_DEVICES else vma
 
 
 class MountProcess(Process):

@@ -8,7 +8,7 @@ import select
 import time
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.iommufd import FaultAlloc, VeventqAlloc
+from iommufd_uapi.iommufd import Destroy, FaultAlloc, VeventqAlloc, ViommuAlloc
 from iommufd_uapi.iommufd_test import IOMMU_TEST_OP_CREATE_ACCESS, IOMMU_TEST_OP_DMABUF_GET, TestCmd
 from iommufdd.context import Context
 from iommufdd.eventq import EventqFile
@@ -23,6 +23,7 @@ from .inject import ioctl_with_descriptor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .backing import Backing
     from .caller import Thread
     from .files import Opened
     from .session import Request, Session
@@ -67,13 +68,16 @@ class Calls:
         return -errno.ENOSYS if handler is None else handler(request)
 
     def init(self, request: Request) -> bytes | int:
-        major, minor, readahead, _ = abi.INIT_IN.unpack_from(request.body)
+        major, minor, readahead, offered = abi.INIT_IN.unpack_from(request.body)
         if major != abi.KERNEL_VERSION:
             return -errno.EPROTO
         minor = min(minor, abi.MINOR_VERSION)
+        flags2 = abi.INIT_IN_FLAGS2.unpack_from(request.body)[0] if offered & abi.INIT_EXT else 0
+        backed = self.session.config.private and flags2 & abi.INIT2_PASSTHROUGH
+        flags = abi.INIT_ATOMIC_O_TRUNC | (abi.INIT_EXT if backed else 0)
         return abi.INIT_OUT.pack(
-            major, minor, readahead, abi.INIT_ATOMIC_O_TRUNC, OPENS_AT_ONCE, OPENS_AT_ONCE, abi.MAX_WRITE,
-            1, 0, 0, 0, 0, 0,
+            major, minor, readahead, flags, OPENS_AT_ONCE, OPENS_AT_ONCE, abi.MAX_WRITE,
+            1, 0, 0, backed, 1 if backed else 0, 0,
         )  # fmt: skip
 
     # ---- open files ----
@@ -84,12 +88,25 @@ class Calls:
             opened = injection.open()
         else:
             session.thread(request.pid)  # else its ioctls could not be answered
-            context = OpenContext(session.instance, session.uid, container=session.config.container)
-            opened = session.open_files.add(context, context.ctx)
-        flags = FLAGS if opened.token else FLAGS | abi.FOPEN_STREAM
-        if not session.reply(request.unique, abi.OPEN_OUT.pack(opened.fh, flags, 0)):
+            opened = session.open_files.add(context := self._context(), context.ctx)
+        backing = session.backing
+        if backing is not None:  # the kernel refuses to call it a stream then
+            flags, backing_id = FLAGS | abi.FOPEN_PASSTHROUGH, backing.id
+        else:
+            flags, backing_id = FLAGS if opened.token else FLAGS | abi.FOPEN_STREAM, 0
+        if not session.reply(request.unique, abi.OPEN_OUT.pack(opened.fh, flags, backing_id)):
             session.release(opened.fh)
         return None
+
+    def _context(self) -> OpenContext:
+        """A new one. EMFILE."""
+        session = self.session
+        exact = session.exact is not None
+        context = OpenContext(session.instance, session.uid, container=session.config.container, mappable=exact)
+        session.find_backing()
+        if session.backing is not None:
+            session.backing.adopt(context.ctx)
+        return context
 
     def release(self, request: Request) -> bytes:
         self.session.release(abi.RELEASE_IN.unpack_from(request.body)[0])
@@ -116,6 +133,10 @@ class Calls:
 
     def _ioctl(self, request: Request, thread: Thread, opened: Opened, flags: int, cmd: int, arg: int) -> int:
         session = self.session
+        if cmd == Destroy.CMD and session.exact is not None:
+            session.exact.before_destroy(opened.context)
+        if cmd in (Destroy.CMD, ViommuAlloc.CMD) and session.backing is not None:
+            return self._with_registers(thread, opened.context.ctx, session.backing, cmd, arg)
         seekable = _gives_descriptor(thread, cmd, arg)
         if seekable is None:
             return session.ioctl(thread, opened.context.ctx, cmd, arg)
@@ -125,11 +146,24 @@ class Calls:
         rc = ioctl_with_descriptor(session, thread, opened.context, request.unique, (cmd, arg), seekable=seekable)
         return ANSWERED if rc is None else rc
 
+    def _with_registers(self, thread: Thread, ctx: Context, backing: Backing, cmd: int, arg: int) -> int:
+        """A call that makes registers, or must not take away those that are mapped."""
+        mappings = backing.mappings(ctx) if cmd == Destroy.CMD else []
+        try:
+            rc = self.session.ioctl(thread, ctx, cmd, arg)
+        finally:
+            for vma in mappings:
+                vma.put()
+        backing.show(ctx)
+        return rc
+
     # ---- read, write, poll ----
 
     def read(self, request: Request) -> bytes | int:
         fh, _, size, *_ = abi.READ_IN.unpack_from(request.body)
         opened = self._opened(fh)
+        if self._asked(request, opened):
+            return b""
         if opened is None or not isinstance(opened.file, EventqFile):
             return -errno.EINVAL
         buffer = Buffer(bytearray(size))
@@ -139,11 +173,18 @@ class Calls:
     def write(self, request: Request) -> bytes | int:
         fh, _, size, *_ = abi.WRITE_IN.unpack_from(request.body)
         opened = self._opened(fh)
+        if self._asked(request, opened):
+            return abi.WRITE_OUT.pack(size, 0)
         if opened is None or not isinstance(opened.file, EventqFile):
             return -errno.EINVAL
         buffer = Buffer(request.body[abi.WRITE_IN.size :])
         done = opened.file.write(self._caller(request, buffer), 0, size)
         return done if done < 0 else abi.WRITE_OUT.pack(done, 0)
+
+    def _asked(self, request: Request, opened: Opened | None) -> bool:
+        """Whether it is we who ask which file it is."""
+        question = self.session.question
+        return question is not None and opened is not None and question.answers(request.pid, opened)
 
     def _caller(self, request: Request, buffer: Buffer) -> Caller:
         whole = self.session.thread(request.pid).caller

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LEAST_TOKEN = 1 << 60
 FDINFO = 64  # enough for its first line
 OUR_DEVICES: Counter[int] = Counter()  # st_dev of every mount that this daemon serves
+BACKED_DEVICES: set[int] = set()  # of those, where a page fault does not ask us
 
 
 class Opened:

@@ -16,8 +16,10 @@ import time
 from logging import WARNING
 from typing import TYPE_CHECKING
 
+from iommufd_uapi.seccomp import MARK
 from iommufdd.errors import EMFILE, EOPNOTSUPP, IommufdError
 from iommufdd.server import log
+from iommufdd.server.seccomp.listener import ANSWERED, Listener
 
 from . import abi
 from .ptrace import (
@@ -36,6 +38,8 @@ from .ptrace import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufdd.server.instance import OpenContext
 
     from .caller import Thread
@@ -67,6 +71,8 @@ class Injection:
 
     def __init__(self, session: Session, thread: Thread, context: OpenContext, *, seekable: bool) -> None:
         """OSError when it may not be traced."""
+        if os.uname().machine != "x86_64":
+            raise OSError(errno.ENOSYS, "only on x86-64")
         self.session = session
         self.thread = thread
         self.context = context
@@ -89,9 +95,7 @@ class Injection:
     def new_descriptor(self) -> int:
         """Its number in the thread. RefusedError, GoneError, OSError."""
         mm, registers = self.thread.process.mm, self._registers
-        instruction = os.pread(mm.mem, len(SYSCALL_INSN), registers[RIP] - len(SYSCALL_INSN))
-        if registers[CS] != USER_CS or registers[ORIG_RAX] != IOCTL or instruction != SYSCALL_INSN:
-            raise RefusedError("the call was not made by the instruction syscall")
+        self._check(IOCTL)
         page = self._call(MMAP, 0, PAGE, 3, 0x22, -1, 0)  # PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
         if page in ERRORS:
             raise RefusedError(f"mmap: {os.strerror(-page)}")
@@ -108,6 +112,21 @@ class Injection:
         if self.slot.token:
             self._call(LSEEK, number, self.slot.token, os.SEEK_SET)
         return number
+
+    def _check(self, number: int) -> None:
+        """Whether the thread has made this system call in a way that can be repeated. RefusedError, OSError."""
+        registers, length = self._registers, len(SYSCALL_INSN)
+        instruction = os.pread(self.thread.process.mm.mem, length, registers[RIP] - length)
+        if registers[CS] != USER_CS or registers[ORIG_RAX] != number or instruction != SYSCALL_INSN:
+            raise RefusedError("the call was not made by the instruction syscall")
+
+    def map(self, number: int, args: list[int]) -> int:
+        """Its mmap() again, of another descriptor that it has, which is closed. RefusedError, GoneError, OSError."""
+        self._check(MMAP)
+        addr, length, prot, flags, _, offset = args
+        rc = self._call(MMAP, addr, length, prot, flags, MARK << 32 | number, offset)
+        self.close(number)
+        return rc
 
     def close(self, number: int) -> None:
         """GoneError, OSError."""
@@ -168,22 +187,67 @@ def ioctl_with_descriptor(
 ) -> int | None:
     """An ioctl that gives a descriptor: its result, or None when the thread has it already. StaleError."""
     try:
-        if os.uname().machine != "x86_64":
-            raise OSError(errno.ENOSYS, "only on x86-64")
         injection = Injection(session, thread, context, seekable=seekable)
     except OSError as error:
         _refuse(session, thread, RefusedError(f"it cannot be traced: {error.strerror}"))
         return session.ioctl(thread, context.ctx, *call)
+    _carry_out(
+        injection,
+        lambda: session.reply(unique, abi.IOCTL_OUT.pack(0, 0, 0, 0)),
+        lambda: _stopped(session, thread, context, call),
+    )
+    return None
+
+
+def map_in_caller(
+    session: Session, thread: Thread, listener: Listener, file: tuple[OpenContext, int], args: list[int]
+) -> int:
+    """A notified mmap() carried out on a descriptor of ours: minus an errno, or ANSWERED when the thread has it.
+
+    ENODEV where the thread cannot be traced, ENOMEM when it has no number left.
+    """
+    context, own = file
+    try:
+        injection = Injection(session, thread, context, seekable=False)
+    except OSError as error:
+        if error.errno != errno.ESRCH:  # else it has been killed
+            _say_refused(session, thread, f"it cannot be traced: {error.strerror}")
+        return -errno.ENODEV
+    made = -errno.ENODEV
+
+    def answer() -> None:
+        nonlocal made
+        try:
+            made = listener.add(own)
+        except OSError:
+            made = -errno.ENOMEM
+        listener.send(0)
+
+    def work() -> int:
+        try:
+            return injection.map(made, args) if made >= 0 else made
+        except RefusedError as refused:
+            _say_refused(session, thread, str(refused))
+            injection.close(made)
+            return -errno.ENODEV
+
+    rc = _carry_out(injection, answer, work)
+    return rc if rc in ERRORS else ANSWERED
+
+
+def _carry_out(injection: Injection, answer: Callable[[], object], work: Callable[[], int]) -> int:
+    """Answer a thread, which stops then; what it finds as the result of its call, or EIO."""
+    session, thread = injection.session, injection.thread
     session.injection = injection
     rc = -errno.EIO
     try:
-        session.reply(unique, abi.IOCTL_OUT.pack(0, 0, 0, 0))
+        answer()
         injection.begin()
-        rc = _stopped(session, thread, context, call)
+        rc = work()
     except StuckError as error:
         log.event(WARNING, "caller-lost", pid=thread.tid, why=error)
         session.stuck.append(injection)
-        return None
+        return rc
     except GoneError:
         pass  # killed
     except OSError as error:
@@ -195,7 +259,7 @@ def ioctl_with_descriptor(
     finally:
         session.injection = None
     injection.finish(rc)
-    return None
+    return rc
 
 
 def _stopped(session: Session, thread: Thread, context: OpenContext, call: tuple[int, int]) -> int:
@@ -217,5 +281,10 @@ def _stopped(session: Session, thread: Thread, context: OpenContext, call: tuple
 
 def _refuse(session: Session, thread: Thread, why: RefusedError) -> None:
     thread.files.offer(-1, None, why.error)
-    if why.error.errno != errno.EMFILE and session.server.ratelimit("no-descriptor"):
+    if why.error.errno != errno.EMFILE:
+        _say_refused(session, thread, str(why))
+
+
+def _say_refused(session: Session, thread: Thread, why: str) -> None:
+    if session.server.ratelimit("no-descriptor"):
         log.event(WARNING, "no-descriptor", pid=thread.tid, why=why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
-from logging import INFO
+from logging import DEBUG, INFO
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_SUMMARY
@@ -13,23 +13,26 @@ from iommufdd.errors import IommufdError, ProtocolError
 from iommufdd.server import log
 from iommufdd.server.seccomp.procfile import TargetFiles
 from iommufdd.server.seccomp.procmm import Clock, StaleError
-from iommufdd.server.seccomp.report import Report
 from iommufdd.server.seccomp.target import Targets, tgid_of
 
 from . import abi
+from .backing import Backing
 from .caller import MountProcess, Thread
 from .calls import Calls
-from .files import OUR_DEVICES, OpenFiles
+from .files import BACKED_DEVICES, OUR_DEVICES, OpenFiles
 
 if TYPE_CHECKING:
     from iommufdd.context import Context
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.instance import Instance, OpenContext
+    from iommufdd.server.seccomp.report import Report
     from iommufdd.server.seccomp.target import Origin, Process
     from iommufdd.server.serve import Server
 
+    from .exact import Exact
     from .files import Opened
+    from .identity import Question
     from .inject import Injection
 
 MANY_THREADS = 256
@@ -49,6 +52,7 @@ class Config(NamedTuple):
 
     dev: int  # st_dev of the file
     container: bool  # as /dev/vfio/vfio
+    private: bool  # one command's, whose mappings need not be kept apart
     cautious: bool  # callers may be others than who mounted it
     virtual: Virtual
     origin: Origin
@@ -68,10 +72,13 @@ class Session(Targets[Thread]):
         self.config = config
         self.origin, self.virtual = config.origin, config.virtual
         self.clock = Clock()
-        self.files = TargetFiles(server.page_files, peer.uid, lambda inode: False, cautious=config.cautious)
+        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=config.cautious)
         self.open_files = OpenFiles()
         self.injection: Injection | None = None  # the one in work
         self.stuck: list[Injection] = []  # whose threads did not stop in time
+        self.question: Question | None = None  # the one being asked
+        self.exact: Exact | None = None
+        self.backing: Backing | None = None  # of mappings, where there can be one
         self.report: Report | None = None
         self.channel: Channel | None = None
         self.device = device
@@ -80,6 +87,7 @@ class Session(Targets[Thread]):
         self._target = (self._view,)
         self._calls = Calls(self)
         self._unmounted = False
+        self._opened = False
         os.set_blocking(device, False)
         self.reactor.register(device, self, select.EPOLLIN)
         server.supervisors.add(self)
@@ -93,6 +101,8 @@ class Session(Targets[Thread]):
         self.channel, channel.supervisor = channel, self
         explain, summary = bool(flags & SUPERVISE_EXPLAIN), bool(flags & SUPERVISE_SUMMARY)
         if explain or summary:
+            from iommufdd.server.seccomp.report import Report
+
             self.report = Report(channel.say, explain=explain, summary=summary)
 
     def detach(self) -> None:
@@ -108,6 +118,27 @@ class Session(Targets[Thread]):
         return set()
 
     def close(self, why: str = "shutdown") -> None:
+        self._close_device()
+        if self.exact is not None:
+            self.exact.close()
+        self.end_if_over(why)
+
+    def end_if_over(self, why: str = "unmounted") -> None:
+        """Hang up, when the mount and the listener have both ended."""
+        if self.device >= 0 or (self.exact is not None and self.exact.listener >= 0):
+            return
+        if self not in self.server.supervisors:
+            return
+        self.server.supervisors.discard(self)
+        log.event(INFO, "mount-closed", uid=self.uid, why=why)
+        if self.channel is not None:
+            if self.report is not None:
+                self.report.end()
+            self.channel.close(why)
+        self.server.channel_closed()
+
+    def _close_device(self) -> None:
+        """It is unmounted, and nothing has it open."""
         if self.device < 0:
             return
         self.reactor.unregister(self.device)
@@ -118,26 +149,27 @@ class Session(Targets[Thread]):
             del OUR_DEVICES[self.config.dev]
         for fh in list(self.open_files.by_fh):
             self.release(fh)
+        if self.backing is not None:
+            self.backing.close()
+            BACKED_DEVICES.discard(self.config.dev)
         for process in list(self.processes.values()):
             self.forget_process(process)
-        self.server.supervisors.discard(self)
         self.instance.let_go(self)
-        log.event(INFO, "mount-closed", uid=self.uid, why=why)
-        if self.channel is not None:
-            if self.report is not None:
-                self.report.end()
-            self.channel.close(why)
-        self.server.channel_closed()
 
     # ---- requests ----
 
     def ready(self, mask: int) -> None:
         self.stuck = [injection for injection in self.stuck if not injection.freed()]
         self.pump()
+        self.run_deferred()
+
+    def run_deferred(self) -> None:
+        """What could not be answered at once, at the latest now."""
         while self._deferred and not self._unmounted:
             self._dispatch(self._deferred.pop(0))
         if self._unmounted:
-            self.close("unmounted")
+            self._close_device()
+            self.end_if_over()
 
     def pump(self) -> bool:
         """Answer the next request; False if there is none."""
@@ -160,6 +192,8 @@ class Session(Targets[Thread]):
 
     def _dispatch(self, request: Request) -> None:
         self.clock.now += 1
+        if self.exact is not None:
+            self.exact.settle()
         try:
             answer = self._calls.handle(request)
         except IommufdError as error:
@@ -216,6 +250,26 @@ class Session(Targets[Thread]):
         if thread is not None and not thread.process.shares_mm and thread.alive and thread.process.mm.mem >= 0:
             return thread
         return self.look_up(tid)
+
+    def _is_ours(self, inode: tuple[int, int]) -> bool:
+        """Whether a mapping is of registers."""
+        return inode[0] in OUR_DEVICES or (self.exact is not None and self.exact.watch.has(inode))
+
+    def find_backing(self) -> None:
+        """At the first open: INIT is over, and all that follow must be like it."""
+        if not self.config.private or self._opened:
+            return
+        self._opened = True
+        try:
+            self.backing = Backing(self.device, (self.config.dev, abi.ROOT_INO))
+        except OSError as error:
+            log.event(DEBUG, "no-mappings", uid=self.uid, why=error.strerror)
+            return
+        BACKED_DEVICES.add(self.config.dev)
+
+    def forget(self, thread: Thread) -> None:
+        """It turns out to be another task, or may be."""
+        self.forget_process(thread.process)
 
     def look_up(self, tid: int) -> Thread:
         """A caller not seen before, or after exec. OSError, EMFILE."""

@@ -1,6 +1,7 @@
 """Unmodified programs: their system calls arrive as seccomp user notifications and are answered here.
 
-notify.py   the listener in the reactor: receive, dispatch, answer
+listener.py the listener in the reactor: receive, answer
+notify.py   one tree of processes: dispatch
 calls.py    what each trapped system call does
 target.py   processes and threads that were seen, their credentials
 procmm.py   their address spaces, and the files behind shared memory (procfile.py)

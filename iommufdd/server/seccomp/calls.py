@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from typing import TYPE_CHECKING
 
 from iommufdd.errors import ENOENT, IommufdError
 from iommufdd.kvm.tdp_fd import TdpFile
-from iommufdd.pages import Dmabuf
 from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
 from iommufdd.user import Gate
 
 from . import caps, rw, status
 from .fds import Installed
+from .listener import ANSWERED, CONTINUE, signed_int
 from .proc import open_proc
 from .procmm import StaleError
-from .registers import drop_unmapped, show
+from .registers import drop_unmapped, keep, map_registers
 from .sys import AT_FDCWD, inode_of, pidfd_getfd
 
 if TYPE_CHECKING:
@@ -33,24 +32,14 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Thread, list[int]], int]
 
-CONTINUE = 1 << 62  # the kernel carries the call out
-ANSWERED = 1 << 61  # nothing more is to be sent
-
 PATHS = {b"/dev/iommu": False, b"/dev/vfio/vfio": True}  # as a container?
 DEVICES = b"/dev/vfio/devices/"
 NAMES = (b"iommu", b"vfio")
 PATH_MAX = 4096
 O_DIRECTORY = os.O_DIRECTORY
 F_DUPFD_CLOEXEC = 1030
-GENERIC_IOCTLS = {0x5450, 0x5451, 0x5421, 0x5452, 0x5460}  # FIONCLEX, FIOCLEX, FIONBIO, FIOASYNC, FIOQSIZE
+GENERIC_IOCTLS = {0x5450, 0x5451, 0x5421, 0x5452}  # FIONCLEX, FIOCLEX, FIONBIO, FIOASYNC
 DESTROY = 0x3B80
-MANY_MAPS = 64  # of registers, before those that are gone are looked for
-
-
-def _int(value: int) -> int:
-    """An argument of type int."""
-    value &= 0xFFFF_FFFF
-    return value - (1 << 32) if value >> 31 else value
 
 
 class Calls:
@@ -80,7 +69,7 @@ class Calls:
         return self._open(thread, AT_FDCWD, args[0], args[1])
 
     def openat(self, thread: Thread, args: list[int]) -> int:
-        return self._open(thread, _int(args[0]), args[1], args[2])
+        return self._open(thread, signed_int(args[0]), args[1], args[2])
 
     def openat2(self, thread: Thread, args: list[int]) -> int:
         """struct open_how: flags, mode, resolve."""
@@ -88,7 +77,7 @@ class Calls:
         if len(how) < 8:
             return CONTINUE
         flags = int.from_bytes(how, "little")
-        return self._open(thread, _int(args[0]), args[1], flags)
+        return self._open(thread, signed_int(args[0]), args[1], flags)
 
     def _open(self, thread: Thread, folder: int, path_at: int, flags: int) -> int:
         path = self._path(thread, folder, path_at)
@@ -112,6 +101,7 @@ class Calls:
             opened.file.put()
             return -error.errno
         installed.report = supervisor.report
+        opened.owner = supervisor
         try:
             thread.files.install_opened(installed, cloexec=bool(flags & os.O_CLOEXEC))
         except IommufdError as error:
@@ -176,7 +166,7 @@ class Calls:
         return None
 
     def ioctl(self, thread: Thread, args: list[int]) -> int:
-        found = self._find(thread, _int(args[0]))
+        found = self._find(thread, signed_int(args[0]))
         cmd = args[1] & 0xFFFF_FFFF
         if found is None or cmd in GENERIC_IOCTLS:
             return CONTINUE
@@ -197,33 +187,21 @@ class Calls:
         return rc
 
     def mmap(self, thread: Thread, args: list[int]) -> int:
-        found = self._find(thread, _int(args[4]))
+        found = self._find(thread, signed_int(args[4]))
         if found is None:
             return CONTINUE
-        if not isinstance(found, Installed) or found.file is not found.opened.file:
-            return -errno.EINVAL if isinstance(found.file, Dmabuf) else -errno.ENODEV
-        opened = found.opened
-        _, length, prot, flags, _, offset = args
-        if not length or offset % mmap.PAGESIZE:
-            return -errno.EINVAL
+        assert found.file is not None
         try:
-            vma = opened.file.mmap(thread.caller, offset, length, prot, flags)
+            vma = map_registers(thread.caller, found.opened, found.file, args)
         except IommufdError as error:
             return -error.errno
-        try:
-            assert isinstance(opened, OpenContext)  # a device has nothing to map
-            show(vma.region, opened.identity)
-        except OSError:
-            vma.put()
-            return -errno.ENOMEM
-        if len(found.maps) > MANY_MAPS:
-            drop_unmapped(found, self.supervisor.files.mms)
-        found.maps.append(vma)
+        assert isinstance(found, Installed)
+        keep(found, vma, self.supervisor.files.mms)
         return CONTINUE  # the registers lie at the same offset of the descriptor's own file
 
     def _on_file(self, call: rw.OnFile) -> Handler:
         def handler(thread: Thread, args: list[int]) -> int:
-            found = self._find(thread, _int(args[0]))
+            found = self._find(thread, signed_int(args[0]))
             if found is None or found.file is None:
                 return CONTINUE
             try:
@@ -235,7 +213,7 @@ class Calls:
 
     def _on_status(self, fill: status.Fill) -> Handler:
         def handler(thread: Thread, args: list[int]) -> int:
-            found = self._find(thread, _int(args[0]))
+            found = self._find(thread, signed_int(args[0]))
             if not isinstance(found, Installed) or found.file is not found.opened.file:
                 return CONTINUE
             answer = fill(thread, found, args)
@@ -256,14 +234,14 @@ class Calls:
     # ---- copies ----
 
     def dup(self, thread: Thread, args: list[int]) -> int:
-        return self._copy(thread, _int(args[0]), 0, cloexec=False)
+        return self._copy(thread, signed_int(args[0]), 0, cloexec=False)
 
     def fcntl(self, thread: Thread, args: list[int]) -> int:
         """F_DUPFD, F_DUPFD_CLOEXEC"""
         least = args[2] & 0xFFFF_FFFF
         if least >= thread.process.nofile():
             return CONTINUE  # to EINVAL
-        return self._copy(thread, _int(args[0]), least, cloexec=_int(args[1]) == F_DUPFD_CLOEXEC)
+        return self._copy(thread, signed_int(args[0]), least, cloexec=signed_int(args[1]) == F_DUPFD_CLOEXEC)
 
     def _copy(self, thread: Thread, fd: int, least: int, *, cloexec: bool) -> int:
         """A copy of one of our descriptors must get a number from the base on too."""

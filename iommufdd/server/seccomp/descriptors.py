@@ -6,17 +6,10 @@ number is known before anything is installed, so that the reply is written first
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.seccomp import (
-    NOTIF_ADDFD,
-    SECCOMP_ADDFD_FLAG_SEND,
-    SECCOMP_ADDFD_FLAG_SETFD,
-    SECCOMP_IOCTL_NOTIF_ADDFD,
-)
 from iommufdd.errors import EMFILE
 from iommufdd.eventq import EventqFile
 from iommufdd.server.memory import OtherFile
@@ -157,6 +150,4 @@ class TargetDescriptors:
 
     def add(self, fd: int, own: int, *, cloexec: bool = True, send: bool = False) -> None:
         """Put a descriptor of ours into the process at a number; `send` also answers its call. OSError."""
-        flags = SECCOMP_ADDFD_FLAG_SETFD | (SECCOMP_ADDFD_FLAG_SEND if send else 0)
-        request = bytearray(NOTIF_ADDFD.pack(self.supervisor.current, flags, own, fd, os.O_CLOEXEC if cloexec else 0))
-        fcntl.ioctl(self.supervisor.listener, SECCOMP_IOCTL_NOTIF_ADDFD, request)
+        self.supervisor.add(own, fd, cloexec=cloexec, send=send)

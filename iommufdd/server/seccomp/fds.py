@@ -78,6 +78,7 @@ class Watch:
     def __init__(self, reactor: Reactor, nofile: Nofile, pipes: select.epoll) -> None:
         """EMFILE."""
         self.nofile = nofile
+        self._euid = os.geteuid()
         self.by_wd: dict[int, Installed] = {}
         self.by_key: dict[FileKey, Installed] = {}
         try:
@@ -104,6 +105,10 @@ class Watch:
         finally:
             if made >= 0:
                 os.close(made)
+
+    def has(self, inode: tuple[int, int]) -> bool:
+        """Whether it is one of ours, which our uid has made."""
+        return (*inode, self._euid) in self.by_key
 
     def ready(self, mask: int) -> None:
         """Some descriptors were closed."""

@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 import select
 from logging import INFO
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.seccomp import (
-    NOTIF,
-    NOTIF_PAGE,
-    NOTIF_RESP,
-    SECCOMP_IOCTL_NOTIF_ID_VALID,
-    SECCOMP_IOCTL_NOTIF_RECV,
-    SECCOMP_IOCTL_NOTIF_SEND,
-    SECCOMP_IOCTL_NOTIF_SET_FLAGS,
-    SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP,
-    SECCOMP_USER_NOTIF_FLAG_CONTINUE,
-    native,
+from iommufd_uapi.seccomp import native
+from iommufd_uapi.wire import (
+    SUPERVISE_EXPLAIN,
+    SUPERVISE_PROC,
+    SUPERVISE_REACH,
+    SUPERVISE_SANITIZE,
+    SUPERVISE_SANITIZE_FAIL,
+    SUPERVISE_SUMMARY,
 )
-from iommufd_uapi.wire import SUPERVISE_EXPLAIN, SUPERVISE_PROC, SUPERVISE_REACH, SUPERVISE_SUMMARY
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
-from iommufdd.server.memory import get_seals
 from iommufdd.server.vms import OpenVm
 
-from .calls import ANSWERED, CONTINUE, Calls
+from .calls import Calls
+from .listener import CONTINUE, Listener
 from .procfile import TargetFiles
 from .procmm import Clock, StaleError
 from .reach import Answer, Ask, Reach, Waiting
-from .report import Report
 from .sys import inodes_of
 from .target import Origin, Process, Targets, Thread, tgid_of
 
 if TYPE_CHECKING:
+    import socket
+
+    from iommufdd.sanitizer import Sanitizer
     from iommufdd.server.channel import Channel
     from iommufdd.server.credentials import Peer, Virtual
     from iommufdd.server.devices import Opened
     from iommufdd.server.files import FileKey, Pipe
     from iommufdd.server.instance import Instance
     from iommufdd.server.serve import Server
+    from iommufdd.server.trace import Reader
 
     from .calls import Handler
     from .fds import Installed
     from .proc import FailNth
+    from .report import Report
 
 MANY_THREADS = 256
-EMPTY = bytes(NOTIF.size)
-NONE = bytes(8)
 REFUSED = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 GONE = {errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
 
-class Supervisor(Targets[Thread]):
-    """One tree of traced processes.
-
-    The id of the notification in work stands in a page that the keeper shares: if the daemon is killed, the keeper
-    knows whom to answer. Nothing is ever read from there.
-    """
+class Supervisor(Listener, Targets[Thread]):
+    """One tree of traced processes."""
 
     def __init__(
         self, server: Server, instance: Instance, peer: Peer, listener: int, page: int, base: int, virtual: Virtual
@@ -69,9 +61,9 @@ class Supervisor(Targets[Thread]):
         numbers = native()
         if numbers is None:
             raise EINVAL(f"system calls of {os.uname().machine} are not known")
-        super().__init__()
+        Listener.__init__(self, server.reactor, listener, page)
+        Targets.__init__(self)
         self.server = server
-        self.reactor = server.reactor
         self.instance = instance
         self.machine = instance.machine
         self.uid = peer.uid
@@ -81,41 +73,21 @@ class Supervisor(Targets[Thread]):
         self.virtual = virtual
         self.clock = Clock()
         self.watch = server.watch()
-        self.files = TargetFiles(server.page_files, peer.uid, self._is_ours, cautious=peer.uid != os.geteuid() == 0)
+        self.files = TargetFiles(server.page_files, peer.uid, self.watch.has, cautious=peer.uid != os.geteuid() == 0)
         self.reach = Reach(self)
-        self._parked: tuple[int, int, list[int]] | None = None  # the call that waits for the keeper
-        self._euid = os.geteuid()  # whose our memfds are
-        self._received = bytearray(NOTIF.size)
-        self.current = 0  # the notification in work
         self.second_look = 0  # the notification whose caller was looked up anew
         self.channel: Channel | None = None  # to the keeper
         self.report: Report | None = None  # what it wants to know
-        self.listener = listener
+        self._reader: Reader | None = None  # of the trace
+        self.sanitizer: Sanitizer | None = None  # of the machine, if it wants to know
         self.debug_folder = -1
         self.proc = False
         self._ending = False
         self._said_unreachable = False
         self._calls = Calls(self, numbers)
-        try:
-            self._check_listener()
-            self._page = _shared_page(page)
-        except (OSError, ValueError) as error:
-            raise EINVAL(f"no seccomp listener, or no page for it: {error}") from None
         self.reactor.register(listener, self, select.EPOLLIN)
         server.supervisors.add(self)
         instance.keep(self)
-
-    def _check_listener(self) -> None:
-        """OSError unless this is a listener. Wakes the target on our CPU, where the kernel can (Linux 6.6)."""
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, bytearray(8))
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
-        except OSError:
-            pass
 
     def close(self, why: str = "shutdown") -> None:
         """No more notifications: the last process has ended, or the daemon does."""
@@ -136,14 +108,22 @@ class Supervisor(Targets[Thread]):
         self.server.supervisors.discard(self)
         self.instance.let_go(self)
         log.event(INFO, "supervisor-closed", uid=self.uid, why=why)
-        if self.report is not None and self.channel is not None:
+        if self.channel is not None and (self.report is not None or self.sanitizer is not None):
             self._drain()
-            self.report.end()
+            if self.report is not None:
+                self.report.end()
+            if self.sanitizer is not None:
+                from iommufdd.server.sanitize import tell
+
+                tell(self.channel, self.sanitizer)
+        if self._reader is not None:
+            self._drain()
+            self._reader.end()
         if self.channel is not None:
             self.channel.close(why)
         self.server.channel_closed()
 
-    def _end(self) -> None:
+    def ended(self) -> None:
         """No process can call any more; what the last ones have open is closed before they count as ended."""
         self._ending = True
         self.reactor.modify(self.listener, 0)
@@ -158,99 +138,68 @@ class Supervisor(Targets[Thread]):
         self.proc = bool(flags & SUPERVISE_PROC)
         self.reach.willing = bool(flags & SUPERVISE_REACH)
         if flags & (SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY):
+            from .report import Report
+
             self.report = Report(
                 channel.say, explain=bool(flags & SUPERVISE_EXPLAIN), summary=bool(flags & SUPERVISE_SUMMARY)
             )
+        if flags & (SUPERVISE_SANITIZE | SUPERVISE_SANITIZE_FAIL):
+            from iommufdd.sanitizer import Mode
+            from iommufdd.server.sanitize import sanitize
+
+            mode = Mode.FAIL if flags & SUPERVISE_SANITIZE_FAIL else Mode.REPORT
+            self.sanitizer = sanitize(self.machine, mode)
 
     def detach(self) -> None:
         """The keeper is gone; the processes are served until the last one ends."""
         self.channel = None
         self.reach.give_up()
-        self._resume()
+        self.resume()
 
     def heard(self, packet: bytes, fds: list[int]) -> None:
         """The keeper has answered; it keeps the descriptors that stay in `fds`. ProtocolError."""
         self.reach.take(packet, fds)
-        self._resume()
+        self.resume()
 
     def mm_of_keeper(self, tgid: int, others: tuple[int, ...]) -> Answer:
         return self.reach.mm(tgid, others)
 
-    def _wait(self, ask: Ask, call: tuple[int, int, list[int]]) -> None:
-        """Begin this call again when the keeper has answered. Until then the other processes wait too."""
+    def ask(self, ask: Ask) -> None:
         assert self.channel is not None
-        self._parked, self.reach.waiting = call, ask
-        self.reactor.modify(self.listener, 0)
+        self.reach.waiting = ask
         self.channel.ask(ask.pack())
 
-    def _resume(self) -> None:
-        call, self._parked = self._parked, None
-        if call is None or self.listener < 0:
-            return
-        self.reactor.modify(self.listener, select.EPOLLIN)
-        self.clock.now += 1
-        self._drain()
-        self._carry_out(*call)
-        if self._parked is None:
-            self.reach.clear()
+    def answered(self) -> None:
+        self.reach.clear()
+
+    def tell(self, sock: socket.socket) -> None:
+        """Events of our processes, and of the hardware of their machine, as lines on a socket, which is taken over."""
+        from iommufdd.server.trace import follow_owner
+
+        self._reader = follow_owner(self.server, self.machine, self, sock)
 
     # ---- notifications ----
 
-    def ready(self, mask: int) -> None:
-        if mask & select.EPOLLIN:
-            self._turn()
-        else:
-            self._end()
-
-    def _turn(self) -> None:
-        page, received = self._page, self._received
-        received[:] = EMPTY
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, received)
-        except OSError:
-            return  # ENOENT: the caller was killed meanwhile
-        page[:8] = received[:8]
-        self.current, tid, _, nr, _, _, *args = NOTIF.unpack(received)
+    def notified(self, tid: int, nr: int, args: list[int]) -> int:
         self.clock.now += 1
         if self.watch.pending.poll(0):
             self._drain()
-        self._carry_out(tid, nr, args)
-
-    def _carry_out(self, tid: int, nr: int, args: list[int]) -> None:
-        """Answer the notification in work, or let it wait for the keeper."""
         try:
-            answer = self._answer(tid, nr, args)
-        except Waiting as waiting:
-            self.files.end()
-            self._wait(waiting.ask, (tid, nr, args))
-            return
+            return self._answer(tid, nr, args)
+        except Waiting:
+            raise
         except Exception as error:
             log.bug(error, uid=self.uid, pid=tid)
-            answer = -errno.EIO
-        if self.files.offered:
-            self.files.end()
-        if answer is not ANSWERED:
-            self.send(answer)
-        self._page[:8] = NONE
+            return -errno.EIO
+        finally:
+            if self.files.offered:
+                self.files.end()
 
     def _drain(self) -> None:
         """Close what was closed before now."""
         while self.watch.pending.poll(0):
             self.watch.ready(0)
             self.server.pipes.ready(0)
-
-    def send(self, answer: int) -> None:
-        """The result of the call, minus an errno, or CONTINUE."""
-        if answer is CONTINUE:
-            response = NOTIF_RESP.pack(self.current, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE)
-        elif answer < 0:
-            response = NOTIF_RESP.pack(self.current, 0, answer, 0)
-        else:
-            response = NOTIF_RESP.pack(self.current, answer, 0, 0)
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SEND, response)
-        except OSError:
-            pass  # ENOENT: killed meanwhile
 
     def _answer(self, tid: int, nr: int, args: list[int]) -> int:
         """Twice, if what is kept of the caller turns out to be of a task that had its number before."""
@@ -302,14 +251,6 @@ class Supervisor(Targets[Thread]):
         if self.report is not None:
             self.report.fired[gate] += 1
 
-    def valid(self) -> bool:
-        """Whether the notification's caller still waits: what was opened by its number is then its own."""
-        try:
-            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, self.current.to_bytes(8, "little"))
-        except OSError:
-            return False
-        return True
-
     # ---- who calls ----
 
     def _thread(self, tid: int) -> Thread:
@@ -360,21 +301,10 @@ class Supervisor(Targets[Thread]):
 
     def held(self, process: Process) -> set[Opened]:
         """The contexts and devices of which a process has a descriptor; none if that may not be looked at."""
-        found = {self.find((*inode, self._euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
+        euid = os.geteuid()
+        found = {self.find((*inode, euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
         opened = (each.opened for each in found if each is not None)
         return {each for each in opened if not isinstance(each, OpenVm)}
-
-    def _is_ours(self, inode: tuple[int, int]) -> bool:
-        return (*inode, self._euid) in self.watch.by_key
-
-
-def _shared_page(fd: int) -> mmap.mmap:
-    """OSError, ValueError; also for a file that could be cut under us, which would raise SIGBUS."""
-    seals = get_seals(fd)
-    if seals is None or not seals & fcntl.F_SEAL_SHRINK or os.fstatvfs(fd).f_bsize > mmap.PAGESIZE:
-        raise ValueError("the page is no memfd sealed with F_SEAL_SHRINK")
-    return mmap.mmap(fd, NOTIF_PAGE)
-
 
 def origin_of(peer: Peer) -> Origin:
     try:

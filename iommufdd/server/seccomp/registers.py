@@ -6,15 +6,23 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-from .procmm import maps_of
+from iommufdd.errors import EACCES, EINVAL, ENODEV, ENOMEM
+from iommufdd.pages import Dmabuf
+from iommufdd.server.instance import OpenContext
+
+from .procmm import SHARED, maps_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from iommufdd.mmap import MmapRegion
+    from iommufdd.mmap import MmapRegion, Vma
+    from iommufdd.server.vms import AnyOpened
+    from iommufdd.user import Caller, File
 
     from .fds import Installed
-    from .procmm import ProcMm, Vma
+    from .procmm import ProcMm
+
+MANY_MAPS = 64  # of one context, before those that are gone are looked for
 
 
 class Shown:
@@ -37,21 +45,49 @@ def show(region: MmapRegion, memfd: int) -> None:
         Shown(region, memfd)
 
 
+def map_registers(caller: Caller, opened: AnyOpened, file: File, args: list[int], *, mode: int = os.O_RDWR) -> Vma:
+    """mmap(2) of one of our files, opened with `mode`: the registers then lie in the context's file.
+
+    EINVAL, EACCES (do_mmap); EPERM, ENXIO (iommufd_fops_mmap); EINVAL of a device; ENODEV for what has no mmap; ENOMEM.
+    """
+    _, length, prot, flags, _, offset = args
+    if not length or offset % mmap.PAGESIZE:
+        raise EINVAL(f"{length} bytes at offset {offset:#x}")
+    writes = flags & mmap.MAP_SHARED and prot & mmap.PROT_WRITE
+    if mode == os.O_WRONLY or (writes and mode == os.O_RDONLY):
+        raise EACCES("not opened for this")
+    if file is not opened.file:
+        raise EINVAL("not exported for mmap") if isinstance(file, Dmabuf) else ENODEV("not made for mmap")
+    vma = opened.file.mmap(caller, offset, length, prot, flags)
+    assert isinstance(opened, OpenContext)  # a device has nothing to map
+    try:
+        show(vma.region, opened.identity)
+    except OSError as error:
+        vma.put()
+        raise ENOMEM(f"the registers cannot be shown: {error.strerror}") from None
+    return vma
+
+
+def keep(installed: Installed, vma: Vma, mms: Iterable[ProcMm]) -> None:
+    """A live mapping, until drop_unmapped() finds it gone."""
+    if len(installed.maps) > MANY_MAPS:
+        drop_unmapped(installed, mms)
+    installed.maps.append(vma)
+
+
 def drop_unmapped(installed: Installed, mms: Iterable[ProcMm]) -> None:
     """Let go of the mappings that no process has any more: munmap() and exit are not traced."""
-    inode = installed.key[:2]
-    shown: list[range] = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and int(name) != os.getpid():
-            shown += [_part(vma) for vma in maps_of(name, inode)]
-    for mm in mms:  # whose process we may have no right to look at
-        shown += [_part(vma) for vma in mm.vmas() if (vma.dev, vma.ino) == inode]
+    shown = mapped_parts(installed.key[:2], mms)
     for vma in installed.maps[:]:
         if not any(vma.region.offset in part for part in shown):
             installed.maps.remove(vma)
             vma.put()
 
 
-def _part(vma: Vma) -> range:
-    """The part of the file that is mapped."""
-    return range(vma.offset, vma.offset + vma.end - vma.start)
+def mapped_parts(inode: tuple[int, int], mms: Iterable[ProcMm] = ()) -> list[range]:
+    """Which parts of a file any process maps shared; `mms` are of those that we may have no right to look at."""
+    vmas = [vma for mm in mms for vma in mm.vmas() if (vma.dev, vma.ino) == inode]
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            vmas += maps_of(name, inode)
+    return [range(vma.offset, vma.offset + vma.end - vma.start) for vma in vmas if vma.flags & SHARED]

@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 import collections
-import errno
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from iommufd_uapi.iommufd import IOCTLS
-from iommufd_uapi.iommufd_test import TEST_OPS, TestCmd
-from iommufd_uapi.layout import VfioIoctl
-from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS, VFIO_DEVICE_RESET
+from iommufd_uapi import decode
+from iommufd_uapi.events import braces, errno_name
 from iommufdd.context import Context
+from iommufdd.server.trace import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from iommufd_uapi.layout import Layout
     from iommufdd.user import Caller, File
     from iommufdd.vfio.device_cdev import VfioDeviceFile
-
-NAMES: dict[int, str] = {
-    **{struct.CMD: struct.MACRO for struct in CONTAINER_IOCTLS},
-    **{struct.CMD: struct.MACRO for struct in IOCTLS},
-    TestCmd.CMD: "IOMMU_TEST_CMD",
-}
-LAYOUTS: dict[int, type[Layout]] = {
-    **{struct.CMD: struct for struct in CONTAINER_IOCTLS},
-    **{struct.CMD: struct for struct in IOCTLS},
-}
-# Some VFIO numbers mean another thing on a device.
-DEVICE_NAMES = NAMES | {struct.CMD: struct.MACRO for struct in DEVICE_IOCTLS} | {VFIO_DEVICE_RESET: "VFIO_DEVICE_RESET"}
-DEVICE_LAYOUTS = LAYOUTS | {struct.CMD: struct for struct in DEVICE_IOCTLS}
-DECIMAL = 4096  # numbers from here on are printed in hexadecimal
 
 
 class Calling(Protocol):
@@ -59,18 +42,20 @@ class Report:
     def ioctl(self, thread: Calling, file: Context | VfioDeviceFile, cmd: int, arg: int) -> int:
         """Carry an ioctl out, and count it."""
         device = not isinstance(file, Context)
-        data = thread.caller.memory.read(arg, _size(cmd, device=device))
+        data = thread.caller.memory.read(arg, decode.size_of(cmd, device=device))
+        view = View(file, thread.caller)
+        fields = decode.arguments(cmd, arg, data, view, device=device) if self.explain else {}
         before = time.perf_counter()
         rc = file.ioctl(thread.caller, cmd, arg)
         self._seconds += time.perf_counter() - before
-        name = name_of(cmd, data, device=device)
+        name = decode.name_of(cmd, data, device=device)
         self._calls[name] += 1
         if rc < 0:
             self._failed[name] += 1
             if self.explain:
                 error = thread.caller.error
-                why = f"{error.name}: {error.reason}" if error is not None else _errno(-rc)
-                self.say(f"pid {thread.tid}: {name} = {why} {fields_of(cmd, data, device=device)}")
+                why = f"{error.name}: {error.reason}" if error is not None else errno_name(-rc)
+                self.say(f"pid {thread.tid}: {name} = {why} {braces(fields)}")
         return rc
 
     def closed(self, file: File) -> None:
@@ -95,51 +80,3 @@ class Report:
         self.say(
             f"not destroyed before close: {left} in {self._contexts} contexts" if left else "nothing was left open"
         )
-
-
-def _size(cmd: int, *, device: bool) -> int:
-    layout = (DEVICE_LAYOUTS if device else LAYOUTS).get(cmd)
-    return TestCmd.SIZEOF if cmd == TestCmd.CMD else layout.SIZEOF if layout is not None else 0
-
-
-def name_of(cmd: int, data: bytes, *, device: bool = False) -> str:
-    """The macro of an ioctl, or of a test operation."""
-    if cmd == TestCmd.CMD and len(data) >= 8:
-        op = TEST_OPS.get(int.from_bytes(data[4:8], "little"))
-        if op is not None:
-            return op.name
-    return (DEVICE_NAMES if device else NAMES).get(cmd, f"ioctl {cmd:#x}")
-
-
-def fields_of(cmd: int, data: bytes, *, device: bool = False) -> str:
-    """`{size=12, flags=0, ...}`, as far as the memory could be read."""
-    if cmd == TestCmd.CMD:
-        test = TestCmd.unpack(data.ljust(TestCmd.SIZEOF, b"\0"))
-        op = TEST_OPS.get(test.op)
-        inner = _pairs(op.union.unpack(test.u)) if op is not None else []
-        return _braces([("id", test.id), *inner])
-    layout = (DEVICE_LAYOUTS if device else LAYOUTS).get(cmd)
-    if layout is None:
-        return ""
-    pairs = _pairs(layout.unpack(data.ljust(layout.SIZEOF, b"\0")))
-    if issubclass(layout, VfioIoctl):  # callers keep to older, shorter structs
-        pairs = [(name, value) for name, value in pairs if layout.offsetof(name) < max(pairs[0][1], 4)]
-    return _braces(pairs)
-
-
-def _pairs(obj: Layout) -> list[tuple[str, Any]]:
-    return [(name, getattr(obj, name)) for name in obj.__struct_fields__ if "reserved" not in name]
-
-
-def _braces(pairs: list[tuple[str, Any]]) -> str:
-    return "{" + ", ".join(f"{name}={_value(value)}" for name, value in pairs) + "}"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, int):
-        return str(value) if abs(value) < DECIMAL else hex(value)
-    return value.hex() if isinstance(value, bytes) else str(value)
-
-
-def _errno(number: int) -> str:
-    return errno.errorcode.get(number, str(number))

@@ -99,7 +99,7 @@ class ProcTask(Task):
     """
 
     def __init__(self, process: Process, machine: Machine, virtual: Virtual, clock: Clock) -> None:
-        self.name = f"pid {process.tgid}"
+        self.name, self.pid = f"pid {process.tgid}", process.tgid
         self._process = process
         self._machine = machine
         self._virtual = virtual
@@ -179,9 +179,10 @@ class Process:
         supervisor.reactor.register(self.pidfd, self, select.EPOLLIN)
 
     def _open(self, supervisor: Targets[Any], tgid: int) -> None:
-        self.pidfd, self._status = os.pidfd_open(tgid), -1
+        opened = [os.pidfd_open(tgid)]
         try:
-            self._status = os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            opened.append(os.open(f"/proc/{tgid}/status", os.O_RDONLY | os.O_CLOEXEC))
+            self.pidfd, self._status = opened
             self.same_user_ns = _uid_map(str(tgid)) == _uid_map("self")
             parent = supervisor.processes.get(int(self.status().get(b"PPid", b"0")))
             if parent is not None:
@@ -189,9 +190,8 @@ class Process:
             self.shares_mm = False
             self.mm = self._find_mm()
         except BaseException:
-            if self._status >= 0:
-                os.close(self._status)
-            os.close(self.pidfd)
+            for fd in opened:
+                os.close(fd)
             raise
 
     def _find_mm(self) -> ProcMm:

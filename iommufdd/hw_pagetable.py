@@ -320,6 +320,7 @@ def _kvm_alloc(ucmd: Ucmd, cmd: uapi.HwptAlloc, idev: IommufdDevice) -> None:
         raise
     caller.gate(Gate.DOMAIN)
     hwpt.domain = iommu.domain_alloc_kvm(idev.dev, cmd.flags, metadata, ucmd.ictx.machine.memory)
+    hwpt.domain.hwpt_id = hwpt.id
     hwpt.domain.iopf_handler = hwpt.iopf_handler
     tdp.register_importer(caller, HwptKvm.OPS, hwpt)
     cmd.out_hwpt_id = hwpt.id

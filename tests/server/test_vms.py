@@ -16,6 +16,7 @@ from iommufd_client.endpoint import DmaError
 from iommufd_client.memory import Buffers
 from iommufd_client.testing import Daemon
 from iommufd_client.vm import Vm
+from iommufd_uapi.events import line
 from iommufd_uapi.iommufd import HwptAlloc
 
 if TYPE_CHECKING:
@@ -157,6 +158,40 @@ def test_a_vm_of_another_address_space(daemon: Daemon) -> None:
         with pytest.raises(DmaError, match="answered FAILURE"):
             admin.endpoint("vfio0", other).read(0, 1)
         assert vm.get_tdp_info().faults == 0
+
+
+def test_a_trace_and_the_sanitizer_see_it_all(daemon: Daemon) -> None:
+    """The VM's calls with their fields, and page requests with their answers, FAILURE too; nothing is stale."""
+    seen: list[str] = []
+    with (
+        Daemon("--sanitize=fail") as other, other.admin() as admin, other.admin() as reader,
+        other.open(machine="@vtd") as iommufd, iommufd.guest_memory(PAGE) as ram, iommufd.vm() as vm,
+        iommufd.device("vfio0") as device, exported(vm) as table,
+    ):  # fmt: skip
+        since, events = reader.trace()
+        vm.set_user_memory_region(0, 0, ram)
+        hwpt = hwpt_kvm(iommufd, device.bind(iommufd), table.fileno())
+        device.attach(hwpt)
+        endpoint = admin.endpoint("vfio0", iommufd)
+        endpoint.write(0, b"x")
+        vm.set_user_memory_region(0, 0)
+        with pytest.raises(DmaError, match="answered FAILURE"):
+            endpoint.write(0, b"x")
+        device.detach()
+        iommufd.destroy(hwpt)
+        for event in events:
+            seen.append(line(event, since))
+            if "IOMMU_DESTROY" in seen[-1]:
+                break
+        (findings,) = (each for each in admin.sanitize() if each.checked)
+        assert (findings.never, findings.raced) == (0, 0)
+    text = "\n".join(seen)
+    for words in (
+        "KVM_SET_USER_MEMORY_REGION(vm, {slot=0, flags=0, guest_phys_addr=0, memory_size=0x1000",
+        "replace vfio0 pasid 0 nothing -> hwpt_kvm:2", "page response vfio0 (group 0) = SUCCESS",
+        "IOTLB domain", "page response vfio0 (group 1) = FAILURE", "data={fd=",
+    ):  # fmt: skip
+        assert words in text, words
 
 
 def test_a_packet_whose_data_names_a_descriptor_that_was_not_sent(daemon: Daemon, iommufd: Iommufd) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from iommufd_uapi.kvm import IOMMU_HWPT_DATA_KVM, KVM_CAP_TDP_CHECK, KVM_TDP_TYPE_EPT, HwptKvm
+from iommufd_uapi.kvm import KVM_CAP_TDP_CHECK, KVM_TDP_TYPE_EPT, HwptKvm
 
 from .demo import Story
 from .endpoint import DmaError
@@ -74,10 +74,10 @@ def _sharing(iommufd: Iommufd, admin: Admin, ram: GuestMemory, vm: Vm, story: St
 
 
 def _hwpt(iommufd: Iommufd, dev_id: int, table: File, story: Story) -> int:
-    hwpt = iommufd.hwpt_alloc(dev_id, 0, data_type=IOMMU_HWPT_DATA_KVM, data=HwptKvm(fd=table.fileno()))
+    hwpt = iommufd.hwpt_alloc(dev_id, 0, data=HwptKvm(fd=table.fileno()))
     story.call("IOMMU_HWPT_ALLOC", f"hwpt_kvm {hwpt}: no address space, no pinned page")
     try:
-        iommufd.hwpt_alloc(dev_id, 0, data_type=IOMMU_HWPT_DATA_KVM, data=HwptKvm(fd=table.fileno()))
+        iommufd.hwpt_alloc(dev_id, 0, data=HwptKvm(fd=table.fileno()))
     except OSError as error:
         story.call("IOMMU_HWPT_ALLOC once more", story.paint(str(error), YELLOW))
     return hwpt

@@ -48,7 +48,7 @@ def errno_of(call: Callable[[], object]) -> int:
 
 
 def hwpt_kvm(iommufd: Iommufd, dev_id: int, fd: int) -> int:
-    return iommufd.hwpt_alloc(dev_id, 0, data_type=kvm.IOMMU_HWPT_DATA_KVM, data=kvm.HwptKvm(fd=fd))
+    return iommufd.hwpt_alloc(dev_id, 0, data=kvm.HwptKvm(fd=fd))
 
 
 def objects(daemon: Daemon) -> int:

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test lint conformance selftest bench clean
 
 help:
-	@echo 'make demo         a VMM prototype against a private daemon, in three seconds'
+	@echo 'make demo         a guest's page table nested on an emulated VT-d, in three seconds'
 	@echo 'make test         all tests [IOMMUFDD_ALL_PROGRAMS=1: every recorded program in every way]'
 	@echo 'make lint         ruff, mypy --strict, the import contracts'
 	@echo 'make conformance  replay what a real Linux 7.2 kernel answered [PROGRAMS=DIR]'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from iommufd_uapi.events import NEVER_FLUSHED
+
 from .iommu.walk import describe
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Outcome(enum.Enum):
 
     PENDING = "not flushed yet"
     RACED = "used before the flush came"
-    NEVER = "never flushed"
+    NEVER = NEVER_FLUSHED
 
 
 class Change(NamedTuple):

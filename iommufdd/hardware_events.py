@@ -1,4 +1,5 @@
-"""What the hardware of a machine does, told on its event port: DMA, faults, page requests, invalidations, switches.
+"""What the hardware of a machine does, told on its event port: DMA, faults, page requests, invalidations, switches,
+and what its sanitizer finds.
 
 A monitor listens to each IOMMU only while somebody listens to the port, so that the models pay nothing otherwise.
 """
@@ -17,8 +18,9 @@ from .iommu.ops import DomainType
 from .iommu.walk import PRIV, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from .finding import Finding
     from .iommu.dma import Dma
     from .iommu.endpoint import Endpoint
     from .iommu.group import IopfGroup
@@ -95,6 +97,20 @@ class HardwareEvents(Monitor):
             switch.dev.name, switch.pasid, old, new, verdict=switch.verdict if replaced else "",
             opens=opens.what if replaced and opens is not None else "",
         ))  # fmt: skip
+
+
+def tell_stale(port: Events) -> Callable[[Finding], None]:
+    """A listener of a sanitizer that tells its findings on the port."""
+
+    def tell(finding: Finding) -> None:
+        if port.listening:
+            use = finding.use
+            port.hardware(events.Stale(
+                use.dev.name, use.pasid, use.iova, describe(use.access), finding.outcome.value, finding.cache,
+                finding.gave, finding.says, str(finding.change or "a table that the driver keeps"), finding.right,
+            ))  # fmt: skip
+
+    return tell
 
 
 def _name(domain: Domain | None) -> str:

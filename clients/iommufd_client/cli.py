@@ -28,7 +28,7 @@ exit status:
 
 examples:
   iommufdctl run -- ./program           a program that sees a /dev/iommu
-  iommufdctl demo                       a small VMM against a private daemon, in a second
+  iommufdctl demo                       a guest's page table nested on an emulated VT-d, in a second
   iommufdctl machine show vtd           the hardware a program can find
   iommufdctl doctor                     what works on this host, and what to do about the rest
   iommufdctl show                       what the daemon has open
@@ -109,13 +109,14 @@ examples:
 """
 
 DEMO = """\
-Start a private daemon and be a small VMM: address space, guest memory, device, DMA, page table with dirty tracking,
-calls that fail and why, and what the daemon has open meanwhile. Needs no privilege and leaves nothing behind."""
+Start a private daemon and be a small VMM, told step by step. Needs no privilege and leaves nothing behind."""
 
 DEMO_EPILOG = """\
-stories:
-  vmm   as above (the default)
-  kvm   a device walks a VM's own page table: nothing is pinned, what misses is asked for, what goes is flushed
+demos:
+  vtd     a guest's page table nested on Intel VT-d: DMA through both stages, a page fault, a forgotten
+          invalidation, replace under traffic (the default)
+  mock    with the kernel selftest's device: address space, DMA, dirty tracking, calls that fail and why
+  kvm     a device walks a VM's own page table: nothing is pinned, what misses is asked for, what goes is flushed
 
 examples:
   iommufdctl demo
@@ -223,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     hardware_options.add(command)
     trace.add(command)
     demo = command("demo", "a small VMM against a private daemon", DEMO, DEMO_EPILOG)
-    demo.add_argument("story", nargs="?", default="vmm", choices=("vmm", "kvm"), metavar="STORY", help="vmm or kvm")
+    demo.add_argument("name", nargs="?", choices=sorted(DEMOS), default="vtd", help="default: vtd")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -309,12 +310,14 @@ def _ioctls(args: argparse.Namespace) -> int:
     return 0
 
 
+DEMOS = {"kvm": "demo_kvm", "mock": "demo", "vtd": "demo_vtd"}  # the modules
+
+
 def _demo(args: argparse.Namespace) -> int:
-    if args.story == "kvm":
-        from .demo_kvm import run
-    else:
-        from .demo import run
-    return run(_paint())
+    from importlib import import_module
+
+    status: int = import_module(f".{DEMOS[args.name]}", __package__).run(_paint())
+    return status
 
 
 if __name__ == "__main__":

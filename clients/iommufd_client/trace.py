@@ -31,7 +31,8 @@ a line of hardware, which has a process only if a call of one has caused it:
   [lab] is the name of a machine that is shared. Of a call the hardware's lines come first.
 
 words of --only, joined by commas (default: all but object); fault has page requests and responses too:
-  ioctl queue dma fault invalidate replace object
+  ioctl queue dma fault invalidate replace stale object
+  stale is what the sanitizer finds (iommufdd --sanitize): DMA through what should have been flushed.
 
 a slow reader:
   The daemon never waits for whoever reads this. What it could not keep is counted: '... 12 events lost'.

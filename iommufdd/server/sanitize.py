@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ParamSpec
 from iommufd_uapi import admin
 from iommufdd.errors import ENOENT
 from iommufdd.finding import Outcome
+from iommufdd.hardware_events import tell_stale
 from iommufdd.sanitizer import STATUS, Mode, Sanitizer
 
 from . import log
@@ -29,6 +30,7 @@ def sanitize(machine: Machine, mode: Mode) -> Sanitizer:
     """Watch a machine from now on; one that is watched becomes stricter at most."""
     if machine.sanitizer is None:
         machine.sanitizer = Sanitizer(mode)
+        machine.sanitizer.listeners.append(tell_stale(machine.events))
         for iommu in machine.iommus.values():
             machine.sanitizer.watch(iommu)
     elif mode is Mode.FAIL:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from iommufd_uapi import iommufd as uapi
+from iommufdd.iommu import lpae
 from iommufdd.iommu.dma import Dma, Op, State
 from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.iommu.vtd_hw import VtdHardware
@@ -14,6 +15,7 @@ from iommufdd.iommu.walk import READ, RawStep
 from iommufdd.iommu.x86_64 import Rules, root, walk
 from iommufdd.user import PAGE_SIZE
 from tests.iommu.lab import Lab, endpoint
+from tests.iommu.lpae_tables import ArmTable
 
 from .measure import PER_SECOND, US, Aim, Bench, Case, Plan
 
@@ -38,6 +40,24 @@ class Bed:
         self.plain = self.lab.device()
         ioas, _ = self.lab.ram()
         self.lab.attach(self.plain, ioas)
+
+
+class ArmBed:
+    """LPAE tables of small pages in memory that needs no second stage."""
+
+    def __init__(self, granule: int) -> None:
+        self.words = memoryview(bytearray(MAX)).cast("Q")
+        table = ArmTable(self, 0, granule)
+        for page in range(PAGES):
+            table.map(IOVA + page * (granule << 10), 0x20_0000 + page * (granule << 10))
+        self.rules = lpae.Rules(granule=(granule << 10).bit_length() - 1)
+        self.start = lpae.root(table.root, self.rules)
+
+    def read(self, addr: int, length: int) -> bytes:
+        return self.words[addr >> 3 : addr + length >> 3].tobytes()
+
+    def write(self, addr: int, data: bytes) -> None:
+        self.words[addr >> 3 : addr + len(data) >> 3] = memoryview(data).cast("Q")
 
 
 def _per(count: int, work: Callable[[], object]) -> float:
@@ -96,6 +116,26 @@ class Translations:
 
         return _per(rounds * PAGES, work)
 
+    def arm_walks(self, granule: int) -> float:
+        """LPAE walks from the root, cached: nothing has to be set."""
+        bed = ArmBed(granule)
+        words, start, rules = bed.words, bed.start, bed.rules
+        rounds = max(self.rounds // 10, 1)
+
+        def fetch(address: int) -> int:
+            return words[address >> 3]
+
+        def update(address: int, old: int, new: int) -> None:
+            raise AssertionError("there is nothing to set")
+
+        def work() -> None:
+            for _ in range(rounds):
+                for iova in range(IOVA, IOVA + PAGES * (granule << 10), granule << 10):
+                    steps: list[RawStep] = []
+                    lpae.walk(fetch, update, start, rules, iova, READ, steps)
+
+        return _per(rounds * PAGES, work)
+
     def nested_walks(self) -> float:
         """Four levels, each through the second stage, and the page itself."""
         rounds = max(self.rounds // 40, 1)
@@ -151,13 +191,15 @@ def translation_cases(plan: Plan) -> Iterator[list[Case]]:
         Case("IOTLB hits", "", t.hits, aim=Aim(rate=5e6)),
         Case("translations that hit", "device and PASID cache too", t.translations),
         Case("4-level walks", "", t.walks, aim=Aim(rate=1e6)),
+        Case("4-level LPAE walks", "", lambda: t.arm_walks(4), aim=Aim(rate=1e6)),
+        Case("3-level LPAE walks", "", lambda: t.arm_walks(64)),
         Case("nested walks, 4 x 4", "", t.nested_walks, aim=Aim(rate=0.2e6)),
         Case("IOTLB misses", "last table kept", t.misses),
         Case("invalidation entries", "HWPT_INVALIDATE, one page each", t.invalidations),
     ]
 
 
-TRANSLATE = Bench("translate", "translations of VT-d, in process", PER_SECOND, "", translation_cases)
+TRANSLATE = Bench("translate", "translations, in process", PER_SECOND, "", translation_cases)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.events import line
-from iommufdd.hardware_events import connect
+from iommufdd.hardware_events import connect, tell_stale
 from iommufdd.iommu.dma import Op, State
 from iommufdd.iommu.vtd import Vtd
 from iommufdd.iommu.walk import PRIV
@@ -17,6 +17,7 @@ from tests.core.test_objects import Recorder
 from .lab import POOL, Lab, endpoint
 from .tables import X86Table
 from .test_dma_queue import answer, faulting, request
+from .vmm import forgetful
 
 if TYPE_CHECKING:
     from iommufd_uapi.events import Event
@@ -181,3 +182,18 @@ def test_every_machine_with_such_a_unit_is_connected() -> None:
     machine.events.remove(listener)
     assert unit.monitors == []
     new_machine("bare").events.add(listener)  # the selftest's mock has nothing to tell
+
+
+def test_what_the_sanitizer_finds_and_what_becomes_of_it() -> None:
+    vmm = forgetful()
+    heard = Heard(vmm.lab)
+    vmm.sanitizer.listeners.append(tell_stale(heard.port))
+    vmm.sanitizer.settle()
+    (told,) = heard.lines()
+    assert told == (
+        "stale dev1 read iova 0x7f1234567000: never flushed: the IOTLB gave guest physical 0x5000, memory says guest "
+        "physical 0x6000; right: HWPT_INVALIDATE {addr 0x7f1234567000, npages 1} on hwpt 4 (IOTLB)"
+    )
+    heard.port.remove(heard)
+    vmm.sanitizer.listeners[-1](vmm.sanitizer.reported[0])
+    assert not heard.events

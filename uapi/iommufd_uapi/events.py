@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
+NEVER_FLUSHED = "never flushed"  #: Stale.outcome
 DONE = "done"  #: Dma.outcome of a transfer that went through
 
 
@@ -130,6 +131,21 @@ class Replace(Event, tag="replace", gc=False):
     opens: str = ""  #: the store that opens the window
 
 
+class Stale(Event, tag="stale", gc=False):
+    """The sanitizer has found a use of a translation that memory no longer gives, or has settled what became of it."""
+
+    device: str
+    pasid: int | None
+    iova: int
+    perm: str  #: "read", "privileged write"
+    outcome: str  #: "not flushed yet", "used before the flush came", "never flushed"
+    cache: str  #: what gave it
+    gave: str
+    says: str  #: what memory says
+    changed: str  #: the entry
+    right: str  #: the invalidation that was due
+
+
 class Lost(Event, tag="lost", gc=False):
     """The reader was too slow: so many events are missing here."""
 
@@ -137,7 +153,7 @@ class Lost(Event, tag="lost", gc=False):
 
 
 AnyEvent: TypeAlias = (
-    Ioctl | Queue | Object | Dma | Fault | PageRequest | PageResponse | Invalidate | Replace | Lost
+    Ioctl | Queue | Object | Dma | Fault | PageRequest | PageResponse | Invalidate | Replace | Stale | Lost
 )
 #: words of `--only`
 KINDS: dict[str, frozenset[type[Event]]] = {
@@ -147,6 +163,7 @@ KINDS: dict[str, frozenset[type[Event]]] = {
     "fault": frozenset([Fault, PageRequest, PageResponse]),
     "invalidate": frozenset([Invalidate]),
     "replace": frozenset([Replace]),
+    "stale": frozenset([Stale]),
     "object": frozenset([Object]),
 }
 USUAL = frozenset(KINDS) - {"object"}  #: objects come and go by ioctls, whose lines tell them already
@@ -179,6 +196,8 @@ def failed(event: Event) -> bool:
             return event.outcome != DONE
         case PageResponse():
             return event.code != "SUCCESS"
+        case Stale():
+            return event.outcome == NEVER_FLUSHED
     return isinstance(event, Fault)
 
 
@@ -237,6 +256,8 @@ def _what(event: Event) -> str:
             return _invalidate(event)
         case Replace():
             return _replace(event)
+        case Stale():
+            return _stale(event)
     raise TypeError(f"no event: {event!r}")
 
 
@@ -269,7 +290,12 @@ def _replace(event: Replace) -> str:
     return f"replace {_device(event)} {event.old or 'nothing'} -> {event.new or 'nothing'}{verdict}{opens}"
 
 
-def _device(event: Dma | Fault | PageRequest | PageResponse | Replace) -> str:
+def _stale(event: Stale) -> str:
+    was = f"the {event.cache} gave {event.gave}, memory says {event.says}"
+    return f"stale {_device(event)} {event.perm} iova {event.iova:#x}: {event.outcome}: {was}; right: {event.right}"
+
+
+def _device(event: Dma | Fault | PageRequest | PageResponse | Replace | Stale) -> str:
     return event.device if event.pasid is None else f"{event.device} pasid {event.pasid}"
 
 

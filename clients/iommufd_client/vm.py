@@ -19,6 +19,26 @@ if TYPE_CHECKING:
     from .guest import GuestMemory, Slice
 
 
+def region(
+    slot: int, gpa: int, memory: GuestMemory | Slice | None, flags: int
+) -> kvm.KvmUserspaceMemoryRegion:
+    """A slot that shows memory, or none."""
+    size, addr = (0, 0) if memory is None else (len(memory), memory.address)
+    return kvm.KvmUserspaceMemoryRegion(
+        slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=addr
+    )
+
+
+def dirty_log(slot: int, size: int) -> tuple[calls.IoctlCall, bytearray]:
+    """The call for a slot of so many bytes, and where its bitmap will be: how long that is only KVM knows."""
+    buffers = Buffers()
+    bitmap = bytearray(max(-(-size // (64 * 4096)), 1) * 8)
+    log = kvm.KvmDirtyLog(slot=slot, dirty_bitmap=buffers.add(bitmap))
+    call = calls.ioctl(log.CMD, log, buffers)
+    call.segments.append(calls.Segment(log.dirty_bitmap, b"", 0, len(bitmap)))
+    return call, bitmap
+
+
 class Vm(Connection):
     """One VM. Its memory slots are addresses that were registered with the same address space (`mm`).
 
@@ -45,7 +65,7 @@ class Vm(Connection):
         OSError if there is no daemon; ENOENT no such address space; EBADFD no context.
         """
         super().__init__(socket_path, kind=wire.Kind.VM, mm=mm, machine=machine, context=context, explain=explain)
-        self._slots: dict[int, int] = {}  # pages
+        self._slots: dict[int, int] = {}  # bytes
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 for what it has not."""
@@ -63,21 +83,13 @@ class Vm(Connection):
         self, slot: int, gpa: int, memory: GuestMemory | Slice | None = None, *, flags: int = 0
     ) -> None:
         """KVM_SET_USER_MEMORY_REGION: guest memory at a guest address; without memory the slot goes. EINVAL, EEXIST."""
-        size, addr = (0, 0) if memory is None else (len(memory), memory.address)
-        self.ioctl(
-            kvm.KvmUserspaceMemoryRegion(
-                slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=addr
-            )
-        )
-        self._slots[slot] = size >> 12
+        new = region(slot, gpa, memory, flags)
+        self.ioctl(new)
+        self._slots[slot] = new.memory_size
 
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG: a bit for each page written to since last time. ENOENT when the slot does not log."""
-        buffers = Buffers()
-        bitmap = bytearray(max(-(-self._slots.get(slot, 0) // 64), 1) * 8)
-        log = kvm.KvmDirtyLog(slot=slot, dirty_bitmap=buffers.add(bitmap))
-        call = calls.ioctl(log.CMD, log, buffers)
-        call.segments.append(calls.Segment(log.dirty_bitmap, b"", 0, len(bitmap)))
+        call, bitmap = dirty_log(slot, self._slots.get(slot, 0))
         self._call(call)
         return bytes(bitmap)
 

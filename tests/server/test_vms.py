@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from errno import EBADF, EBADFD, EBUSY, EINVAL, ENOENT, ENOTTY, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 import iommufd_uapi.kvm as kvm
 from iommufd_client import call as calls
+from iommufd_client.aio import open_iommufd
 from iommufd_client.call import IommufdOSError
 from iommufd_client.endpoint import DmaError
 from iommufd_client.memory import Buffers
@@ -206,3 +208,31 @@ def test_a_packet_whose_data_names_a_descriptor_that_was_not_sent(daemon: Daemon
         with pytest.raises(ConnectionError):
             victim._call(call)
     assert iommufd.ioas_alloc()
+
+
+def test_the_same_over_trio(daemon: Daemon) -> None:
+    async def main() -> None:
+        async with (
+            open_iommufd(daemon.socket_path, machine="@vtd") as iommufd, iommufd.guest_memory(4 * PAGE) as ram,
+            aclosing(await iommufd.vm()) as vm, aclosing(await iommufd.device("vfio0")) as device,
+        ):  # fmt: skip
+            assert await vm.check_extension(kvm.KVM_CAP_TDP_FD) == 1
+            await vm.enable_cap(kvm.KVM_CAP_TDP_CHECK)
+            await vm.set_user_memory_region(0, 0, ram, flags=kvm.KVM_MEM_LOG_DIRTY_PAGES)
+            with await vm.create_vcpu(0), await vm.create_tdp_fd() as table:
+                dev_id = await device.bind(iommufd)
+                hwpt = await iommufd.hwpt_alloc(dev_id, 0, data=kvm.HwptKvm(fd=table.fileno()))
+                await device.attach(hwpt)
+
+                def write() -> None:
+                    with daemon.admin() as admin:
+                        admin.endpoint("vfio0", iommufd).write(PAGE, b"trio")
+
+                await trio.to_thread.run_sync(write)
+                assert ram.read(PAGE, 4) == b"trio"
+                assert await vm.get_dirty_log(0) == b"\x02" + bytes(7)
+                assert (await vm.get_tdp_info()).mapped == 1
+                await device.detach()
+                await iommufd.destroy(hwpt)
+
+    trio.run(main)

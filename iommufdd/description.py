@@ -73,11 +73,35 @@ class VtdIommu(Iommu, frozen=True, tag="vtd"):
     reserved: tuple[Reserved, ...] = (Reserved(start=0xFEE00000, last=0xFEEFFFFF, kind="msi"),)
 
 
+class SmmuV3Iommu(Iommu, frozen=True, tag="smmuv3"):
+    """ARM SMMUv3 with AArch64 tables: what IDR0, IDR1, IDR3 and IDR5 show (IHI0070 6.3)."""
+
+    stage1: bool = True  # IDR0.S1P
+    stage2: bool = True  # IDR0.S2P
+    coherent_walk: bool = True  # IDR0.COHACC
+    httu: Literal["none", "access", "dirty"] = "dirty"  # IDR0.HTTU: which flags the hardware sets in descriptors
+    ats: bool = True  # IDR0.ATS
+    page_requests: bool = True  # IDR0.PRI; the driver denies them all
+    asid_bits: Literal[8, 16] = 16  # IDR0.ASID16
+    vmid_bits: Literal[8, 16] = 16  # IDR0.VMID16
+    two_level_cd: bool = True  # IDR0.CD2L
+    two_level_streams: bool = True  # IDR0.ST_LEVEL
+    stall: Literal["supported", "none", "forced"] = "supported"  # IDR0.STALL_MODEL
+    sid_bits: Annotated[int, msgspec.Meta(ge=0, le=32)] = 16  # IDR1.SIDSIZE
+    ssid_bits: Annotated[int, msgspec.Meta(ge=0, le=20)] = 20  # IDR1.SSIDSIZE
+    s2fwb: bool = True  # IDR3.FWB: stage 2 can force write-back
+    range_invalidation: bool = True  # IDR3.RIL
+    granules: tuple[Literal[4, 16, 64], ...] = (4, 16, 64)  # IDR5.GRAN4K, GRAN16K, GRAN64K: KiB
+    oas: Literal[32, 36, 40, 42, 44, 48, 52] = 48  # IDR5.OAS: output address size in bits
+    vax: Literal[48, 52] = 48  # IDR5.VAX: virtual address size in bits
+    reserved: tuple[Reserved, ...] = (Reserved(start=0x0800_0000, last=0x080F_FFFF, kind="sw-msi"),)
+
+
 class MockIommu(Iommu, frozen=True, tag="mock"):
     """The kernel selftest's IOMMU (selftest.c)."""
 
 
-AnyIommu: TypeAlias = VtdIommu | MockIommu
+AnyIommu: TypeAlias = VtdIommu | SmmuV3Iommu | MockIommu
 
 
 class DeviceDescription(_Description, frozen=True):
@@ -92,6 +116,22 @@ class DeviceDescription(_Description, frozen=True):
     pasid_width: Annotated[int, msgspec.Meta(ge=0, le=20)] = 0
     coherent: bool = True
     virtual_function: bool = False
+    stream_id: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] | None = None  # behind an SMMUv3; none: that of the BDF
+    streams: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1  # how many stream ids it has, from that one on
+    stall: bool = False  # its transactions may wait for a page fault to be answered (dma-can-stall)
+    canwbs: bool = False  # its root complex can force write-back (IORT's CANWBS)
+
+    @property
+    def source_id(self) -> int:
+        """The requester id of its BDF: bus, device, function."""
+        bus, device, function = self.bdf.replace(".", ":").split(":")[-3:]
+        return int(bus, 16) << 8 | int(device, 16) << 3 | int(function)
+
+    @property
+    def stream_ids(self) -> range:
+        """What it is to an SMMUv3."""
+        first = self.source_id if self.stream_id is None else self.stream_id
+        return range(first, first + self.streams)
 
 
 class MachineDescription(_Description, frozen=True):

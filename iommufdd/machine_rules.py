@@ -10,7 +10,16 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from iommufd_uapi.iommufd_test import MOCK_PASID_WIDTH
 
-from .description import AnyIommu, Caches, DeviceDescription, MachineDescription, MockIommu, Reserved, VtdIommu
+from .description import (
+    AnyIommu,
+    Caches,
+    DeviceDescription,
+    MachineDescription,
+    MockIommu,
+    Reserved,
+    SmmuV3Iommu,
+    VtdIommu,
+)
 
 Key: TypeAlias = tuple[str | int, ...]  # ("iommu", 0, "mgaw")
 T = TypeVar("T")
@@ -34,12 +43,18 @@ class Facts:
         self.iommus = _first(machine.iommu, lambda iommu: iommu.name)
         self.devices = _first(machine.device, lambda device: device.name)
         self.slots = _first(machine.device, slot)
+        self.streams = _streams(machine)
         self.groups = _first(machine.device, lambda device: device.group)
 
     def vtd(self, device: DeviceDescription) -> VtdIommu | None:
         """The VT-d unit that device is behind."""
         iommu = self.iommus.get(device.iommu)
         return iommu if isinstance(iommu, VtdIommu) else None
+
+    def smmu(self, device: DeviceDescription) -> SmmuV3Iommu | None:
+        """The SMMUv3 that device is behind."""
+        iommu = self.iommus.get(device.iommu)
+        return iommu if isinstance(iommu, SmmuV3Iommu) else None
 
     def mock(self, device: DeviceDescription) -> bool:
         """Device is behind an IOMMU of the selftest's kind."""
@@ -51,6 +66,15 @@ def slot(device: DeviceDescription) -> str:
     return f"0000:{device.bdf}"[-len("0000:00:00.0") :]
 
 
+def _streams(machine: MachineDescription) -> dict[tuple[str, int], DeviceDescription]:
+    """Whose StreamIDs they are, by SMMU."""
+    found: dict[tuple[str, int], DeviceDescription] = {}
+    for device in machine.device:
+        for sid in device.stream_ids:
+            found.setdefault((device.iommu, sid), device)
+    return found
+
+
 def _first(tables: Iterable[T], value: Callable[[T], Hashable]) -> dict[Hashable, T]:
     found: dict[Hashable, T] = {}
     for table in tables:
@@ -59,8 +83,8 @@ def _first(tables: Iterable[T], value: Callable[[T], Hashable]) -> dict[Hashable
 
 
 def _pasid_width(device: DeviceDescription, facts: Facts) -> int:
-    vtd = facts.vtd(device)
-    return MOCK_PASID_WIDTH if vtd is None else vtd.pasid_width
+    vtd, smmu = facts.vtd(device), facts.smmu(device)
+    return smmu.ssid_bits if smmu is not None else MOCK_PASID_WIDTH if vtd is None else vtd.pasid_width
 
 
 RESERVED: tuple[Rule[Reserved], ...] = (
@@ -78,6 +102,12 @@ VTD: tuple[Rule[VtdIommu], ...] = (
     Rule("levels", lambda it, facts: it.second_stage and bool(it.levels) and it.mgaw > WIDTHS[max(it.levels)], "tables of these levels do not reach {it.mgaw} bits (mgaw)"),
     Rule("domain-ids", lambda it, facts: it.domain_ids not in DOMAIN_IDS, "{it.domain_ids} is no power of 4"),
 )
+SMMUV3: tuple[Rule[SmmuV3Iommu], ...] = (
+    Rule("stage1", lambda it, facts: not (it.stage1 or it.stage2), "neither stage1 nor stage2: nothing is translated"),
+    Rule("granules", lambda it, facts: not it.granules, "no granule: nothing is translated"),
+    Rule("granules", lambda it, facts: len(set(it.granules)) < len(it.granules), "a granule is there twice"),
+    Rule("vax", lambda it, facts: it.vax == 52 and it.oas != 52, "needs oas = 52"),
+)
 MOCK: tuple[Rule[MockIommu], ...] = (
     Rule("reserved", lambda it, facts: bool(it.reserved), "the model mock has no reserved regions"),
     Rule("caches", lambda it, facts: it.caches != Caches(), "the model mock has no caches"),
@@ -92,6 +122,16 @@ DEVICE: tuple[Rule[DeviceDescription], ...] = (
     Rule("pasid-width", lambda it, facts: it.pasid_width > _pasid_width(it, facts), "{it.pasid_width} is more than the width of {it.iommu}"),
     Rule("pasid-width", lambda it, facts: facts.mock(it) and it.pasid_width not in (0, MOCK_PASID_WIDTH), "behind the model mock it is 0 or 20"),
     Rule("coherent", lambda it, facts: facts.mock(it) and not it.coherent, "behind the model mock all devices are coherent"),
+    Rule("pri", lambda it, facts: it.pri and (smmu := facts.smmu(it)) is not None and not smmu.page_requests, "{it.iommu} takes no page requests"),
+    Rule("coherent", lambda it, facts: facts.smmu(it) is not None and not it.coherent, "behind an SMMUv3 its coherent-walk decides"),
+    Rule("stream-id", lambda it, facts: it.stream_id is not None and facts.smmu(it) is None, "{it.iommu} is no SMMUv3"),
+    Rule("stream-id", lambda it, facts: (smmu := facts.smmu(it)) is not None and it.stream_ids[-1] >> smmu.sid_bits > 0, "StreamIDs of {it.iommu} are shorter (sid-bits)"),
+    Rule("stream-id", lambda it, facts: facts.smmu(it) is not None and any(facts.streams[it.iommu, sid] is not it for sid in it.stream_ids), "another device has one of these StreamIDs"),
+    Rule("streams", lambda it, facts: it.streams > 1 and facts.smmu(it) is None, "{it.iommu} is no SMMUv3"),
+    Rule("stall", lambda it, facts: it.stall and facts.smmu(it) is None, "{it.iommu} is no SMMUv3"),
+    Rule("stall", lambda it, facts: it.stall and (smmu := facts.smmu(it)) is not None and smmu.stall == "none", "{it.iommu} stalls nothing"),
+    Rule("stall", lambda it, facts: it.stall and it.ats, "a device with ats does not stall"),
+    Rule("canwbs", lambda it, facts: it.canwbs and facts.smmu(it) is None, "{it.iommu} is no SMMUv3"),
 )
 
 
@@ -103,6 +143,8 @@ def complaints(machine: MachineDescription) -> Iterator[tuple[Key, str]]:
         yield from _judge(IOMMU, iommu, facts, at)
         if isinstance(iommu, VtdIommu):
             yield from _judge(VTD, iommu, facts, at)
+        elif isinstance(iommu, SmmuV3Iommu):
+            yield from _judge(SMMUV3, iommu, facts, at)
         else:
             yield from _judge(MOCK, iommu, facts, at)
         for index, region in enumerate(iommu.reserved):

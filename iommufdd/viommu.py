@@ -12,7 +12,7 @@ from .device import IommufdDevice
 from .errors import EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EOVERFLOW, ERANGE, IommufdError
 from .hw_pagetable import NESTED_FLAGS, HwptNested, HwptPaging, NestingParent, finish_nested
 from .iommu import ops
-from .iommu.ops import HwQueueViommu, NestingViommu, ViommuOps
+from .iommu.ops import HwQueueViommu, NestingViommu, VdeviceViommu, ViommuOps
 from .objects import IommufdObject, ObjectType
 from .user import PAGE_SIZE, ULONG_MAX, Gate
 from .user_data import UserData
@@ -210,6 +210,8 @@ def vdevice_alloc(ucmd: Ucmd, cmd: uapi.VdeviceAlloc) -> None:
     idev.vdev = vdev
     if cmd.virt_id in viommu.vdevs:
         raise EEXIST(f"virt_id {cmd.virt_id:#x} is taken in {viommu}")
+    if isinstance(viommu.driver, VdeviceViommu):
+        viommu.driver.vdevice_init(idev.dev, cmd.virt_id)
     viommu.vdevs[cmd.virt_id] = vdev
     cmd.out_vdevice_id = vdev.id
     ucmd.respond(cmd)

@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 
 from iommufd_uapi.iommufd_test import MOCK_FLAGS_DEVICE_PASID
 
-from .description import MOCK, AnyIommu, DeviceDescription, MachineDescription, VtdIommu
+from .description import MOCK, AnyIommu, DeviceDescription, MachineDescription, SmmuV3Iommu, VtdIommu
 from .hardware_events import connect
 from .iommu.endpoint import Endpoint
 from .iommu.group import IommuGroup
@@ -50,6 +50,10 @@ def _new_iommu(description: AnyIommu) -> AnyModel:
         from .iommu.vtd import Vtd
 
         return Vtd(description)
+    if isinstance(description, SmmuV3Iommu):
+        from .iommu.smmuv3 import SmmuV3
+
+        return SmmuV3(description)
     return MockIommu()
 
 

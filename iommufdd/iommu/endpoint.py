@@ -78,7 +78,7 @@ class Endpoint(Device):
         group.devices.append(self)
         self.description = description
         self.name = description.name
-        self.sid = source_id(description.bdf)
+        self.sid = description.source_id
         self.ats = description.ats
         self.pri = description.pri
         self.max_pasids = 1 << description.pasid_width if description.pasid_width else 0
@@ -87,11 +87,19 @@ class Endpoint(Device):
         self.tlb: Tlb | None = Tlb(iommu.caches) if self.ats else None  # the device TLB, a space per PASID
         self.queue = DmaQueue()  # the machine's, once it is part of one
         self.counters = Counters()
-        self._waiting: dict[int, tuple[Dma, Fault]] = {}  # by page request group
+        self._waiting: dict[int, tuple[Dma, Fault | None]] = {}  # by page request group; None: not reported yet
         self._next_group = 0
 
     def resv_regions(self) -> Iterable[ResvRegion]:
         return [ResvRegion(region.start, region.last, region.kind) for region in self.iommu.reserved]
+
+    def reset(self) -> None:
+        """A function level reset (PCIe 6.6.2): the device TLB is empty, and transfers under way are given up."""
+        if self.tlb is not None:
+            self.tlb.drop_spaces(lambda _: True)
+        for dma in (*self.queue.running, *(dma for dma, _ in self._waiting.values())):
+            if dma.dev is self:  # the queue is the machine's
+                dma.cancel("the function was reset")
 
     # ---- translation ----
 
@@ -155,23 +163,30 @@ class Endpoint(Device):
             self.counters.invalid += 1
             dma.fail(f"the driver answers the page request INVALID: {refusal}")
             return False
+        number = self.wait(dma)
+        return number is not None and self.report(dma, number, iova & -4096)
+
+    def wait(self, dma: Dma) -> int | None:
+        """A page request group for dma to wait in; None when all are taken, and dma has failed."""
         number = self._free_group()
         if number is None:
             dma.fail(f"all {GROUPS} page request groups are waiting")
-            return False
+            return None
         self.counters.page_requests += 1
         dma.group = number
-        return self._report(dma, number, iova)
+        self._waiting[number] = dma, None
+        for monitor in self.iommu.monitors:
+            monitor.requested(self, dma.pasid, number, dma.iova + dma.done, dma.access)
+        return number
 
-    def _report(self, dma: Dma, number: int, iova: int) -> bool:
+    def report(self, dma: Dma, number: int, addr: int) -> bool:
+        """Tell the driver that dma waits for the page at addr; False when it was refused, and dma has failed."""
         pasid = dma.pasid
         flags = PAGE_REQUEST_LAST_PAGE
         if pasid is not None:
             flags |= PAGE_REQUEST_PASID_VALID | self.iommu.page_request_flags
-        request = Fault(flags, pasid or IOMMU_NO_PASID, number, _perm(dma.access), iova & -4096)
+        request = Fault(flags, pasid or IOMMU_NO_PASID, number, _perm(dma.access), addr)
         self._waiting[number] = dma, request
-        for monitor in self.iommu.monitors:
-            monitor.requested(self, pasid, number, iova, dma.access)
         try:
             self.iopf.report(request, pasid_valid=pasid is not None, last=True)
         except EINVAL as refused:
@@ -193,16 +208,21 @@ class Endpoint(Device):
         for monitor in self.iommu.monitors:
             monitor.answered(self, group, code)
         request = group.faults[-1]
-        dma, asked = self._waiting.get(request.grpid, (None, None))
-        if dma is None or asked is not request:
-            return  # it gave up before; the number may be another's by now
-        del self._waiting[request.grpid]
-        if code == IOMMU_PAGE_RESP_SUCCESS:
+        if self._waiting.get(request.grpid, (None, None))[1] is request:  # else the number may be another's by now
+            self.respond(request.grpid, success=code == IOMMU_PAGE_RESP_SUCCESS, withdrawn=group.withdrawn,
+                         failure=code == IOMMU_PAGE_RESP_FAILURE)  # fmt: skip
+
+    def respond(self, number: int, *, success: bool, withdrawn: bool, failure: bool = False) -> None:
+        """What waits in a page request group goes on, or fails; failure: KVM has no page."""
+        dma, _ = self._waiting.pop(number, (None, None))
+        if dma is None:
+            return  # it gave up before
+        if success:
             dma.resume()
-        elif group.withdrawn:
+        elif withdrawn:
             self.counters.withdrawn += 1
             dma.fail("the page request was answered INVALID: its attachment ended")
-        elif code == IOMMU_PAGE_RESP_FAILURE:
+        elif failure:
             self.counters.failures += 1
             dma.fail("the page request was answered FAILURE")
         else:
@@ -221,12 +241,6 @@ class Endpoint(Device):
             return []
         space = self.tlb.space(pasid)
         return space.drop_all() if (first, last) == (0, 2**64 - 1) else space.drop(first, last)
-
-
-def source_id(bdf: str) -> int:
-    """The requester id of "[domain:]bus:device.function"."""
-    bus, device, function = bdf.replace(".", ":").split(":")[-3:]
-    return int(bus, 16) << 8 | int(device, 16) << 3 | int(function)
 
 
 def _perm(access: int) -> int:

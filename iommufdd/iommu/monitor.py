@@ -19,9 +19,12 @@ class Invalidation:
 
     def __init__(
         self, cache: str, granularity: str, tag: object, first: int = 0, last: int = 2**64 - 1, *, leaf: bool = False,
-        user: bool = False,
+        user: bool = False, command: str = "",
     ) -> None:  # fmt: skip
-        """cache: "IOTLB", "device TLB", "PASID cache". user: the client asked for it, not the driver."""
+        """cache: "IOTLB", "device TLB", "PASID cache", "CD cache". user: the client asked for it, not the driver.
+
+        command: its name in the specification, where the hardware has commands of that kind.
+        """
         self.cache = cache
         self.granularity = granularity  # "page", "PASID", "domain", "all"
         self.tag = tag
@@ -29,12 +32,15 @@ class Invalidation:
         self.last = last
         self.leaf = leaf  # only leaf entries: tables that are kept stay
         self.user = user
+        self.command = command
         self.dropped: list[TlbEntry] = []
         self.tables = 0  # entries of the paging-structure cache dropped
 
     def __str__(self) -> str:
         where = f" {self.first:#x}..{self.last:#x}" if self.granularity == "page" else ""
-        return f"{self.cache} invalidation, {self.granularity} {self.tag}{where}" + (" leaf" if self.leaf else "")
+        command = f" ({self.command})" if self.command else ""
+        leaf = " leaf" if self.leaf else ""
+        return f"{self.cache} invalidation{command}, {self.granularity} {self.tag}{where}{leaf}"
 
 
 class Monitor:

@@ -322,6 +322,15 @@ class NestingViommu(Protocol):
 
 
 @runtime_checkable
+class VdeviceViommu(Protocol):
+    """A vIOMMU that has a say in which devices it takes."""
+
+    def vdevice_init(self, dev: Device, virt_id: int) -> None:
+        """vdevice_init(); the vDEVICE is not yet to be found."""
+        ...
+
+
+@runtime_checkable
 class InvalidateViommu(Protocol):
     """A vIOMMU that takes a guest's invalidations."""
 

@@ -67,6 +67,7 @@ class TranslationFault(Exception):
     code = 0  # the model's fault reason
     name = ""  # of the code, in the specification's words
     steps: tuple[Step, ...] = ()
+    stalled = False  # the transaction waits until the driver says what becomes of it (SMMUv3)
 
     def __init__(self, why: Why, *, stage: int, level: int, addr: int, during: During = During.ACCESS) -> None:
         self.why = why

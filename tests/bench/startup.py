@@ -35,7 +35,7 @@ def cases(plan: Plan) -> Iterator[list[Case]]:
         Case("import iommufd_client.iommufd", "", _python("import iommufd_client.iommufd"), base=floor),
         Case("import trio, which the daemon needs", "", _python("import trio"), base=floor),
         Case("iommufdd, until it has answered an ioctl", "", first_answer, base=floor),
-        Case("iommufdd --machine vtd, until a nested DMA is done", "", first_dma, base=floor, aim=Aim(rate=1 / 0.4)),  # 0.4 s
+        Case("iommufdd --machine vtd, until a nested DMA is done", "", first_dma, base=floor, aim=Aim(rate=1 / 0.4)),
     ]
 
 

@@ -38,8 +38,8 @@ def test_list() -> None:
     done = run("machine", "list")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["mock", "vtd"]
-    assert rows[1][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
+    assert [row[0] for row in rows] == ["mock", "smmuv3", "vtd"]
+    assert rows[2][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
 
 
 def test_show(lab: Path) -> None:
@@ -48,7 +48,7 @@ def test_show(lab: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["levels", "4,", "5"] in lines  # a default
     assert ["reserved", "0xfee00000..0xfeefffff", "(msi)"] in lines
-    assert ["nic", "0000:01:00.0", "dmar0", "-", "no", "no", "0", "yes", "no"] in lines
+    assert ["nic", "0000:01:00.0", "dmar0", "-", "no", "no", "0", "yes", "no", "-", "1", "no", "no"] in lines
     assert run("machine", "show", "mock").stdout.startswith("machine mock: no IOMMU but the selftest's mock")
 
 
@@ -75,7 +75,7 @@ def test_check(lab: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (("show", "none"), 1, "iommufdctl machine: there is no machine 'none'; there are mock, vtd"),
+        (("show", "none"), 1, "iommufdctl machine: there is no machine 'none'; there are mock, smmuv3, vtd"),
         (("show", "none.toml"), 1, "none.toml: No such file or directory"),
         ((), 2, "usage: iommufdctl machine"),
         (("look",), 2, "usage: iommufdctl machine"),
@@ -129,7 +129,7 @@ def test_the_daemons_machines(lab: Path) -> None:
         with daemon.open(machine="ci"), pytest.raises(IommufdOSError, match="'ci' is there, as 'lab'") as caught:
             daemon.open(machine="ci@vtd")
         assert caught.value.errno == errno.EEXIST
-        with pytest.raises(IommufdOSError, match="no machine 'x'; there are lab, mock, vtd"):
+        with pytest.raises(IommufdOSError, match="no machine 'x'; there are lab, mock, smmuv3, vtd"):
             daemon.open(machine="@x")
 
 

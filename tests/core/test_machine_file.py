@@ -15,7 +15,7 @@ from iommufdd import machine_file
 from iommufdd.description import MOCK, MachineDescription, VtdIommu
 from iommufdd.errors import ENOENT
 from iommufdd.machine_file import MachineFile, MachineFileError, Machines, built_in, built_in_names, is_file, toml
-from iommufdd.machine_rules import DEVICE, IOMMU, RESERVED, VTD, Rule
+from iommufdd.machine_rules import DEVICE, IOMMU, RESERVED, SMMUV3, VTD, Rule
 from iommufdd.machine_rules import MOCK as MOCK_RULES
 
 GOOD = """\
@@ -82,7 +82,7 @@ TYPES = [
     ('name = "two"', 'name = "two@"', "name", "matching regex", "two@"),
     ('name = "two"', 'name = "two\\n"', "name", "matching regex", "two"),
     ('name = "two"', 'name = ".."', "name", "matching regex", ".."),
-    ('model = "vtd"', 'model = "vt"', "iommu[0].model", "Invalid value 'vt'; models are vtd, mock", '"vt"'),
+    ('model = "vtd"', 'model = "vt"', "iommu[0].model", "Invalid value 'vt'; models are vtd, smmuv3, mock", '"vt"'),
     ('model = "vtd"', 'model = "vtd"\nmgaw = 3', "iommu[0].mgaw", "Expected `int` >= 30", "mgaw"),
     ('model = "vtd"', 'model = "vtd"\nnested = 1', "iommu[0].nested", "Expected `bool`, got `int`", "nested"),
     ('model = "vtd"', 'model = "vtd"\nhaw = 52.0', "iommu[0].haw", "Expected `int`, got `float`", "haw"),
@@ -158,21 +158,49 @@ SENSE = [
     (DEVICE, 6, 'model = "vtd"', 'model = "vtd"\npasid-width = 19 # less', "pasid-width = 20"),
     (DEVICE, 7, 'iommu = "mock0"', 'iommu = "mock0"\npasid-width = 8', "pasid-width = 8"),
     (DEVICE, 8, 'iommu = "mock0"', 'iommu = "mock0"\ncoherent = false', "coherent"),
+    (DEVICE, 11, 'iommu = "mock0"', 'iommu = "mock0"\nstream-id = 3', "stream-id"),
+    (DEVICE, 14, 'iommu = "mock0"', 'iommu = "mock0"\nstreams = 3', "streams"),
+    (DEVICE, 15, 'iommu = "mock0"', 'iommu = "mock0"\nstall = true', "stall"),
+    (DEVICE, 18, 'iommu = "mock0"', 'iommu = "mock0"\ncanwbs = true', "canwbs"),
 ]
 
 
 @pytest.mark.parametrize(("rules", "number", "old", "new", "place"), SENSE)
 def test_sense(rules: tuple[Rule[Any], ...], number: int, old: str, new: str, place: str) -> None:
     """The complaint of the rule is there: its line, its key, its words."""
-    wrong, rule = changed(old, new), rules[number]
+    complained_about(changed(old, new), rules[number], place)
+
+
+SMMU = GOOD.replace('model = "vtd"', 'model = "smmuv3"').replace('iommu = "mock0"', 'iommu = "dmar0" # too')
+SMMU_SENSE = [
+    (SMMUV3, 0, 'model = "smmuv3"', 'model = "smmuv3"\nstage1 = false\nstage2 = false', "stage1"),
+    (SMMUV3, 1, 'model = "smmuv3"', 'model = "smmuv3"\ngranules = []', "granules"),
+    (SMMUV3, 2, 'model = "smmuv3"', 'model = "smmuv3"\ngranules = [4, 4]', "granules"),
+    (SMMUV3, 3, 'model = "smmuv3"', 'model = "smmuv3"\nvax = 52', "vax"),
+    (DEVICE, 9, 'model = "smmuv3"', 'model = "smmuv3"\npage-requests = false', "pri ="),
+    (DEVICE, 10, "# too", "\ncoherent = false", "coherent"),
+    (DEVICE, 12, "# too", "\nstream-id = 0x10000", "stream-id"),
+    (DEVICE, 13, "# too", "\nstream-id = 0xff\nstreams = 2", "stream-id"),
+    (DEVICE, 16, 'model = "smmuv3"', 'model = "smmuv3"\nstall = "none"', "stall = true"),
+    (DEVICE, 17, "# too", "\nats = true\nstall = true # twice", "twice"),
+]
+
+
+@pytest.mark.parametrize(("rules", "number", "old", "new", "place"), SMMU_SENSE)
+def test_sense_behind_an_smmu(rules: tuple[Rule[Any], ...], number: int, old: str, new: str, place: str) -> None:
+    stalls = changed("# too", "\nstall = true", SMMU) if place == "stall = true" else SMMU
+    complained_about(changed(old, new, stalls), rules[number], place)
+
+
+def complained_about(wrong: str, rule: Rule[Any], place: str) -> None:
     words = re.sub(r"\\{.*?\\}", ".*", re.escape(rule.text))
     expected = rf"lab\.toml:{line_of(wrong, place)}: (iommu|device)\[\d\]\.(reserved\[\d\]\.)?{rule.key}: {words}"
     assert any(re.fullmatch(expected, complaint) for complaint in complaints(wrong))
 
 
 def test_every_rule_has_its_test() -> None:
-    for rules in (RESERVED, IOMMU, VTD, MOCK_RULES, DEVICE):
-        assert {number for tested, number, *_ in SENSE if tested is rules} == set(range(len(rules)))
+    for rules in (RESERVED, IOMMU, VTD, SMMUV3, MOCK_RULES, DEVICE):
+        assert {number for tested, number, *_ in (*SENSE, *SMMU_SENSE) if tested is rules} == set(range(len(rules)))
 
 
 def test_what_looks_alike_makes_sense() -> None:
@@ -273,7 +301,7 @@ def test_no_mutation_of_the_text_gives_a_traceback(data: st.DataObject) -> None:
 
 
 def test_the_built_in_machines() -> None:
-    assert built_in_names() == ["mock", "vtd"]
+    assert built_in_names() == ["mock", "smmuv3", "vtd"]
     machines = Machines()
     assert machines.describe() is MOCK
     assert [device.name for device in machines.describe("vtd").device] == ["vfio0", "vfio1", "vfio2", "vfio3"]
@@ -286,11 +314,11 @@ def test_chosen_machines(tmp_path: Path) -> None:
     path = tmp_path / "lab.toml"
     path.write_text(GOOD)
     machines = Machines([str(path), "vtd", str(path)])
-    assert (machines.default, machines.names) == ("two", ["two", "mock", "vtd"])
+    assert (machines.default, machines.names) == ("two", ["two", "mock", "smmuv3", "vtd"])
     assert machines.describe() == read(GOOD)
     assert Machines(["vtd", str(path)]).default == "vtd"
     assert Machines([str(path), "two"]).default == "two"
-    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, vtd"):
+    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, smmuv3, vtd"):
         Machines([str(path)]).describe("other")
     with pytest.raises(ENOENT):
         Machines(["two"])

@@ -12,6 +12,7 @@ from iommufd_uapi import events
 from iommufd_uapi.iommufd import IommufdPageResponseCode
 
 from .iommu.endpoint import PAGE_REQUEST_PASID_VALID
+from .iommu.group import IOMMU_PAGE_RESP_FAILURE
 from .iommu.monitor import Monitor
 from .iommu.ops import DomainType
 from .iommu.walk import PRIV, describe
@@ -79,7 +80,8 @@ class HardwareEvents(Monitor):
     def answered(self, dev: Endpoint, group: IopfGroup, code: int) -> None:
         request = group.faults[-1]
         pasid = request.pasid if request.flags & PAGE_REQUEST_PASID_VALID else None
-        name = IommufdPageResponseCode(code).name.removeprefix("IOMMUFD_PAGE_RESP_")
+        name = "FAILURE" if code == IOMMU_PAGE_RESP_FAILURE else IommufdPageResponseCode(code).name
+        name = name.removeprefix("IOMMUFD_PAGE_RESP_")
         self._port.hardware(events.PageResponse(dev.name, pasid, request.grpid, name))
 
     def invalidated(self, what: Invalidation) -> None:

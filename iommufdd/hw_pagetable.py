@@ -5,23 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import iommufd_uapi.iommufd as uapi
+from iommufd_uapi.kvm import IOMMU_HWPT_DATA_KVM
+from iommufd_uapi.kvm import HwptKvm as HwptKvmData
 
 from .device import IommufdDevice
-from .errors import EINVAL, ENOENT, EOPNOTSUPP, IommufdError
+from .errors import EFAULT, EINVAL, ENOENT, EOPNOTSUPP, IommufdError
 from .eventq import Fault
 from .ioas import Ioas
-from .iommu.ops import Cap, InvalidateDomain, InvalidateViommu, NestingOps, ViommuDriver
+from .iommu.group import IOMMU_PAGE_RESP_FAILURE, IOMMU_PAGE_RESP_INVALID, IOMMU_PAGE_RESP_SUCCESS
+from .iommu.ops import Cap, InvalidateDomain, InvalidateViommu, KvmDomain, KvmOps, NestingOps, ViommuDriver
+from .kvm.tdp_fd import TdpFile
 from .objects import IommufdObject, ObjectType
-from .user import PAGE_SIZE, Gate
+from .user import PAGE_SHIFT, PAGE_SIZE, Gate
 from .user_data import UserData, UserDataArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from .iommu.group import AttachHandle
-    from .iommu.ops import Domain
+    from .iommu.group import AttachHandle, IopfGroup
+    from .iommu.ops import Cached, Domain
     from .ucmd import Ucmd
-    from .user import Caller
+    from .user import Caller, Mm
     from .viommu import Viommu
 
 PAGING_FLAGS = (
@@ -31,6 +35,7 @@ PAGING_FLAGS = (
     | uapi.IOMMU_HWPT_ALLOC_PASID
 )
 NESTED_FLAGS = uapi.IOMMU_HWPT_FAULT_ID_VALID | uapi.IOMMU_HWPT_ALLOC_PASID
+PERMISSIONS = uapi.IOMMU_PGFAULT_PERM_READ | uapi.IOMMU_PGFAULT_PERM_WRITE | uapi.IOMMU_PGFAULT_PERM_EXEC
 
 
 class HwPagetable(IommufdObject):
@@ -110,6 +115,61 @@ class HwptNested(HwPagetable):
         super().destroy()
 
 
+class HwptKvm(HwPagetable):
+    """struct iommufd_hw_pagetable of a VM's own table (RFC p13 to p15): no IOAS, and no fault queue of the user's.
+
+    Page requests go to KVM. It has the VM's descriptor for as long as it lives.
+    """
+
+    type = ObjectType.HWPT_KVM
+    OPS = "iommufd"  # all HWPTs tell KVM the same table of functions, and KVM takes each of those once
+
+    def __init__(self, tdp: TdpFile, mm: Mm) -> None:
+        """mm: of whoever made it. Takes a reference of the file."""
+        super().__init__()
+        self.tdp = tdp
+        self.mm = mm
+        tdp.get()
+
+    @property
+    def paging(self) -> None:
+        return None
+
+    def iopf_handler(self, group: IopfGroup) -> None:
+        """Ask KVM for the pages, then answer: the first that fails decides (iommufd_hw_pagetable_iopf_handler)."""
+        code = IOMMU_PAGE_RESP_SUCCESS if group.handle.domain is self.domain else IOMMU_PAGE_RESP_INVALID
+        for fault in group.faults if code == IOMMU_PAGE_RESP_SUCCESS else ():
+            try:
+                self.tdp.fault(self.mm, fault.addr >> PAGE_SHIFT, fault.perm & PERMISSIONS)
+            except IommufdError:
+                code = IOMMU_PAGE_RESP_FAILURE
+        group.respond(code)
+
+    # ---- as an importer of KVM's ----
+
+    def invalidate(self, start: int, size: int) -> None:
+        """KVM has changed its table."""
+        self._kvm_domain.cache_invalidate(start, size)
+
+    def cached(self) -> Iterable[Cached]:
+        return self._kvm_domain.cached()
+
+    def cached_tables(self) -> Iterable[int]:
+        return self._kvm_domain.cached_tables()
+
+    @property
+    def _kvm_domain(self) -> KvmDomain:
+        assert isinstance(self.domain, KvmDomain)
+        return self.domain
+
+    def destroy(self) -> None:
+        """The domain first, then the importer, then the file."""
+        self._free()
+        self.tdp.unregister_importer(self.OPS, self)
+        self.tdp.put()
+        super().destroy()
+
+
 class NestingParent(IommufdObject):
     """What makes nested HWPTs of its own kind: the vIOMMU. `driver` is None only while it is being born."""
 
@@ -178,6 +238,9 @@ def hwpt_alloc(ucmd: Ucmd, cmd: uapi.HwptAlloc) -> None:
     if (cmd.data_type == uapi.IOMMU_HWPT_DATA_NONE) != (not cmd.data_len):
         raise EINVAL(f"data type {cmd.data_type} with {cmd.data_len} bytes of data")
     idev = ucmd.get(cmd.dev_id, IommufdDevice)
+    if cmd.data_type == IOMMU_HWPT_DATA_KVM:
+        _kvm_alloc(ucmd, cmd, idev)
+        return
     try:
         pt = ucmd.get_any(cmd.pt_id)
     except ENOENT as error:
@@ -230,6 +293,44 @@ def finish_nested(
         objects.abort(hwpt)
         raise
     return hwpt
+
+
+def _kvm_alloc(ucmd: Ucmd, cmd: uapi.HwptAlloc, idev: IommufdDevice) -> None:
+    """iommufd_hw_pagetable_kvm_alloc() (RFC p13): EINVAL, EFAULT, EOPNOTSUPP, EBADF, ENOMEM, EBUSY, the driver's.
+
+    pt_id and a fault queue mean nothing here; of the flags only the driver looks at what it minds.
+    """
+    caller, iommu = ucmd.caller, idev.dev.iommu
+    if cmd.data_len != HwptKvmData.SIZEOF or not cmd.data_uptr:
+        raise EINVAL(f"data of {cmd.data_len} bytes at {cmd.data_uptr:#x}, {HwptKvmData.SIZEOF} are needed")
+    data = HwptKvmData.unpack(caller.copy_from_user(cmd.data_uptr, cmd.data_len))
+    if not isinstance(iommu, KvmOps):
+        raise EOPNOTSUPP("this IOMMU cannot walk a VM's table")
+    tdp = caller.fget(_int(data.fd))
+    if not isinstance(tdp, TdpFile) or tdp.vm.machine is not ucmd.ictx.machine:
+        raise EOPNOTSUPP(f"fd {_int(data.fd)} is no VM's table on this machine")
+    metadata = tdp.get_metadata()
+    if metadata is None:
+        raise EFAULT("KVM has nothing to say about its table")
+    hwpt = HwptKvm(tdp, caller.mm)
+    try:
+        ucmd.alloc(hwpt)
+    except IommufdError:
+        tdp.put()
+        raise
+    caller.gate(Gate.DOMAIN)
+    hwpt.domain = iommu.domain_alloc_kvm(idev.dev, cmd.flags, metadata, ucmd.ictx.machine.memory)
+    hwpt.domain.hwpt_id = hwpt.id
+    hwpt.domain.iopf_handler = hwpt.iopf_handler
+    tdp.register_importer(caller, HwptKvm.OPS, hwpt)
+    cmd.out_hwpt_id = hwpt.id
+    ucmd.respond(cmd)
+
+
+def _int(number: int) -> int:
+    """A number as C's int has it."""
+    low = number & 0xFFFF_FFFF
+    return low - (1 << 32) if low >> 31 else low
 
 
 # ---- invalidation ----

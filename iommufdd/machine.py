@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .description import MOCK
 from .event_port import Events
 from .iommu.dma import DmaQueue
+from .kvm.memory import HostMemory
 from .user import User
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Machine:
         self.description = description
         self.iommus: dict[str, IommuOps] = {}  # those described, by name; not the selftest's mock
         self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
+        self.memory = HostMemory()
         self.dma = DmaQueue()  # what they do
         self.sanitizer: Sanitizer | None = None
         self.temp_memory_limit = TEMP_MEMORY_LIMIT

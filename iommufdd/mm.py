@@ -65,6 +65,8 @@ class RegisteredMm(Mm):
 
     def unmap(self, start: int, end: int) -> None:
         """munmap: drops [start, end), cutting regions at its edges."""
+        for notifier in self.notifiers:
+            notifier.invalidate_range(start, end)
         for region in self._overlapping(start, end):
             del self._regions[region.start]
             for part in (region.cut(region.start, start), region.cut(end, region.end)):
@@ -83,6 +85,8 @@ class RegisteredMm(Mm):
     def exit(self) -> None:
         """The last process or channel of this address space is gone."""
         self.alive = False
+        for notifier in self.notifiers:
+            notifier.mm_release()
         for region in self._regions.values():
             region.file.put()
         self._regions.clear()

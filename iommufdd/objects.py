@@ -36,6 +36,7 @@ class ObjectType(enum.IntEnum):
     VEVENTQ = 9
     HW_QUEUE = 10
     SELFTEST = 11
+    HWPT_KVM = 12  # the RFC's, with a number of our own
 
 
 class Holder:

@@ -231,10 +231,23 @@ class PageRun(NamedTuple):
     npages: int
 
 
+class MmuNotifier(Protocol):
+    """struct mmu_notifier: who uses an address space without pinning it, and must let go in time."""
+
+    def invalidate_range(self, start: int, end: int) -> None:
+        """What [start, end) shows is about to change."""
+        ...
+
+    def mm_release(self) -> None:
+        """The address space is about to go."""
+        ...
+
+
 class Mm:
     """struct mm_struct: an address space, alive as long as a process or channel has it."""
 
     alive = True
+    notifiers: tuple[MmuNotifier, ...] = ()
     locked_vm = 0  # pages charged to RLIMIT_MEMLOCK of the process
     pinned_vm = 0  # pages pinned, whoever is charged
 

@@ -88,7 +88,7 @@ def test_the_drawing_shows_every_module_of_the_core() -> None:
     above, _, hardware = drawing.partition("iommufdd/iommu/")
     shown = set(re.findall(r"[\w/]+\.py", above)) | {f"iommu/{name}" for name in re.findall(r"\w+\.py", hardware)}
     core = {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd").glob("*.py")}
-    for room in ("iommu", "vfio"):
+    for room in ("iommu", "kvm", "vfio"):
         core |= {str(path.relative_to(ROOT / "iommufdd")) for path in (ROOT / "iommufdd" / room).glob("*.py")}
     uapi = {path.name for path in (ROOT / "uapi/iommufd_uapi").glob("*.py")}
     there = {name for name in core | uapi if not name.endswith("__init__.py")}

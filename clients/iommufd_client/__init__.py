@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .memory import Buffers as Buffers
     from .memory import Memory as Memory
     from .memory import OwnMemory as OwnMemory
+    from .vm import Vm as Vm
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "Buffers": "memory",
     "Memory": "memory",
     "OwnMemory": "memory",
+    "Vm": "vm",
 }
 __all__ = [*_HOMES]
 

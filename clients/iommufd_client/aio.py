@@ -18,6 +18,7 @@ from .aio_connection import Connection as Connection
 from .aio_connection import File as File
 from .aio_connection import awaited
 from .aio_vfio import VfioDevice as VfioDevice
+from .aio_vm import Vm as Vm
 from .channel import hello
 from .connection import default_socket_path
 from .files import fd_number
@@ -58,6 +59,10 @@ class Iommufd(Connection):
     async def device(self, name: str) -> VfioDevice:
         """/dev/vfio/devices/NAME of this context's machine, not yet bound. ENOENT."""
         return await VfioDevice.open(name, self.socket_path, context=self.identity, explain=self.explain)
+
+    async def vm(self) -> Vm:
+        """A new VM of this context's machine, over the memory registered here."""
+        return await Vm.open(self.socket_path, mm=self.mm, context=self.identity, explain=self.explain)
 
     @asynccontextmanager
     async def guest_memory(

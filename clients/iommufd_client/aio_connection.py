@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from iommufd_uapi.kvm import KvmIoctl
     from iommufd_uapi.layout import Ioctl, VfioIoctl
 
     from .call import Call
@@ -187,12 +188,12 @@ class Connection:
     # ---- calls: see iommufd_client.connection ----
 
     @overload
-    async def ioctl(self, cmd: Ioctl | VfioIoctl, *, memory: Memory = ...) -> int: ...
+    async def ioctl(self, cmd: Ioctl | VfioIoctl | KvmIoctl, *, memory: Memory = ...) -> int: ...
     @overload
     async def ioctl(self, cmd: int, arg: bytearray | int, *, memory: Memory = ...) -> int: ...
 
     async def ioctl(
-        self, cmd: Ioctl | VfioIoctl | int, arg: bytearray | int = 0, *, memory: Memory = OWN_MEMORY
+        self, cmd: Ioctl | VfioIoctl | KvmIoctl | int, arg: bytearray | int = 0, *, memory: Memory = OWN_MEMORY
     ) -> int:
         """ioctl(2). The argument is a struct, its bytes (changed in place), or its address in `memory`."""
         plain = self._plains[type(cmd)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from iommufd_uapi import args, wire
 from iommufd_uapi.iommufd import IOCTLS
 from iommufd_uapi.iommufd_test import TestCmd
+from iommufd_uapi.kvm import KvmIoctl, argument_size
 from iommufd_uapi.layout import Direction, Ioctl, Layout, VfioIoctl
 from iommufd_uapi.vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS, VfioDeviceBindIommufd
 
@@ -34,7 +35,7 @@ _TABLE: tuple[type[Ioctl], ...] = (*IOCTLS, TestCmd)
 STRUCTS = {struct.CMD: struct for struct in _TABLE}
 _ARGSZ = {struct.CMD: struct.MIN_SIZE for struct in (*CONTAINER_IOCTLS, *DEVICE_IOCTLS)}
 
-Target = Ioctl | VfioIoctl | bytearray | int  #: an ioctl's argument: a struct, its bytes, or its address
+Target = Ioctl | VfioIoctl | KvmIoctl | bytearray | int  #: an ioctl's argument: a struct, its bytes, or its address
 
 _REQUEST, _SEGMENT = wire.REQUEST.pack, wire.SEGMENT.pack
 _PADDING = wire.PADDING
@@ -125,7 +126,7 @@ class Call:
         self.segments = list(segments)
         self.file = file  # the descriptor whose index is `cmd`
         self.memory = memory  # where the answer is stored
-        self.target: Ioctl | VfioIoctl | None = None  # the caller's struct
+        self.target: Ioctl | VfioIoctl | KvmIoctl | None = None  # the caller's struct
 
     def fds(self) -> list[int]:
         """The open descriptors to send, in the order `encode` counts them."""
@@ -224,31 +225,33 @@ def is_open(fd: int) -> bool:
 class IoctlCall(Call):
     """An ioctl: segment 0 is its struct, the others are what the struct's pointers name."""
 
-    __slots__ = ("device", "fields", "image", "outs", "size")
+    __slots__ = ("device", "fields", "image", "outs", "pointed", "size")
 
     def __init__(self, cmd: int, segments: Sequence[Segment], memory: Memory, *, device: bool) -> None:
         super().__init__(IOCTL, cmd, segments, memory=memory)
         self.device = device
         self.fields: list[tuple[int, int]] = []  # (offset, number) of each descriptor that goes in
+        self.pointed: list[tuple[int, int, int]] = []  # (segment, offset, number) of those that pointers lead to
         self.outs: list[int] = []  # offsets of those that come back
         self.size: int | None = None  # the caller's `size`, where the daemon is shown another
         self.image: bytearray | None = None  # the struct's bytes, if it is not in `memory`
 
     def fds(self) -> list[int]:
-        return [fd for _, fd in self.fields if is_open(fd)]
+        numbers = [fd for _, fd in self.fields] + [fd for _, _, fd in self.pointed]
+        return [fd for fd in numbers if is_open(fd)]
 
     def encode(self, base: int, flags: int) -> bytes:
-        if not self.fields:
+        if not self.fields and not self.pointed:
             return self._encode(self.cmd, flags, self.segments)
-        struct = self.segments[0]
-        data = bytearray(struct.data)
-        for offset, fd in self.fields:
+        sent = list(self.segments)
+        for at, offset, fd in [*((0, *field) for field in self.fields), *self.pointed]:
             index = wire.NONE if fd < 0 else wire.CLOSED
             if is_open(fd):
                 index, base = base, base + 1
-            data[offset : offset + 4] = index.to_bytes(4, "little")
-        sent = Segment(struct.addr, bytes(data), struct.readable, struct.writable)
-        return self._encode(self.cmd, flags, [sent, *self.segments[1:]])
+            segment = sent[at]
+            data = segment.data[:offset] + index.to_bytes(4, "little") + segment.data[offset + 4 :]
+            sent[at] = Segment(segment.addr, data, segment.readable, segment.writable)
+        return self._encode(self.cmd, flags, sent)
 
     def store(self, segment: int, offset: int, data: bytes, fds: Descriptors) -> None:
         if segment:
@@ -327,6 +330,10 @@ Shown = tuple[int | None, bytes, int]  # of a struct: the true size if another i
 
 def _show(cmd: int, addr: int, memory: _Readable) -> Shown:
     """What the daemon is shown of a struct."""
+    known = argument_size(cmd)
+    if known is not None:  # KVM's: no size in the struct, and no memory behind a number
+        data = memory.read(addr, known) if known else b""
+        return None, data, len(data)
     head = memory.read(addr, 4)
     if len(head) < 4:
         return None, head, len(head)
@@ -361,11 +368,16 @@ def _show_long(known: int, addr: int, size: int, data: bytes, memory: _Readable)
 
 def _follow(call: IoctlCall, data: bytes, memory: Memory) -> None:
     """Segments for what the pointers name, and the places of descriptors."""
-    for _, addr, length, direction in args.pointers(call.cmd, data, call.device):
+    pointed = dict(args.pointed_fds(call.cmd, data))
+    for pointer, addr, length, direction in args.pointers(call.cmd, data, call.device):
         if length and direction is not Direction.ADDRESS:
             segment = _segment(addr, min(length, wire.MAX_SCRATCH), direction, memory)
             if segment.readable or segment.writable:
                 call.segments.append(segment)
+            at = pointed.get(pointer, len(segment.data))
+            if at + 4 <= len(segment.data):
+                number = int.from_bytes(segment.data[at : at + 4], "little", signed=True)
+                call.pointed.append((len(call.segments) - 1, at, number))
     for offset, direction in args.fds(call.cmd, data, call.device):
         if offset + 4 > len(data):
             continue

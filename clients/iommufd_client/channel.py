@@ -19,6 +19,7 @@ from .memory import OWN_MEMORY, Memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from iommufd_uapi.kvm import KvmIoctl
     from iommufd_uapi.layout import VfioIoctl
 
     from .call import Target
@@ -112,7 +113,7 @@ def plain_numbers(plains: Plains) -> dict[int, Plain]:
 NUMBERS = tuple(map(plain_numbers, PLAINS))
 
 
-def _error(result: int, reason: memoryview, target: Ioctl | VfioIoctl | None) -> IommufdOSError:
+def _error(result: int, reason: memoryview, target: Ioctl | VfioIoctl | KvmIoctl | None) -> IommufdOSError:
     return IommufdOSError(-result, str(reason, "utf-8", "replace"), target)
 
 

@@ -116,10 +116,11 @@ demos:
   vtd     a guest's page table nested on Intel VT-d: DMA through both stages, a page fault, a forgotten
           invalidation, replace under traffic (the default)
   mock    with the kernel selftest's device: address space, DMA, dirty tracking, calls that fail and why
+  kvm     a device walks a VM's own page table: nothing is pinned, what misses is asked for, what goes is flushed
 
 examples:
   iommufdctl demo
-  iommufdctl demo mock
+  iommufdctl demo kvm
 """
 
 
@@ -309,7 +310,7 @@ def _ioctls(args: argparse.Namespace) -> int:
     return 0
 
 
-DEMOS = {"mock": "demo", "vtd": "demo_vtd"}  # the modules
+DEMOS = {"kvm": "demo_kvm", "mock": "demo", "vtd": "demo_vtd"}  # the modules
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from iommufd_uapi.kvm import KvmIoctl
     from iommufd_uapi.layout import Ioctl, VfioIoctl
 
     from .call import Call
@@ -213,13 +214,13 @@ class Connection:
     # ---- ioctl ----
 
     @overload
-    def ioctl(self, cmd: Ioctl | VfioIoctl, *, memory: Memory = ...) -> int: ...
+    def ioctl(self, cmd: Ioctl | VfioIoctl | KvmIoctl, *, memory: Memory = ...) -> int: ...
     @overload
     def ioctl(self, cmd: int, arg: bytearray | int, *, memory: Memory = ...) -> int: ...
 
     def ioctl(
         self,
-        cmd: Ioctl | VfioIoctl | int,
+        cmd: Ioctl | VfioIoctl | KvmIoctl | int,
         arg: bytearray | int = 0,
         *,
         memory: Memory = OWN_MEMORY,
@@ -238,7 +239,7 @@ class Connection:
             length = self._round_trip(plain.head + packed + plain.pad)
             return plain_result(self._view, length, struct, packed)
 
-    def _ioctl(self, cmd: Ioctl | VfioIoctl | int, arg: bytearray | int, memory: Memory) -> int:
+    def _ioctl(self, cmd: Ioctl | VfioIoctl | KvmIoctl | int, arg: bytearray | int, memory: Memory) -> int:
         """An ioctl whose struct is not plain, or is given as bytes."""
         if not isinstance(cmd, int):
             return self._call(calls.ioctl(cmd.CMD, cmd, memory, device=self._device))

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from iommufd_uapi import iommufd as uapi
 from iommufd_uapi import iommufd_test as uapi_test
+from iommufd_uapi import kvm
 from iommufd_uapi.layout import Ioctl, Layout, VfioIoctl
 
 from .call import IommufdOSError
@@ -27,6 +28,7 @@ U64_MAX = (1 << 64) - 1
 # The data_type that goes with a struct, for callers that do not say.
 DATA_TYPES: dict[type[Layout], int] = {
     uapi.HwptVtdS1: uapi.IOMMU_HWPT_DATA_VTD_S1,
+    kvm.HwptKvm: kvm.IOMMU_HWPT_DATA_KVM,
     uapi.HwptArmSmmuv3: uapi.IOMMU_HWPT_DATA_ARM_SMMUV3,
     uapi.HwptAmdGuest: uapi.IOMMU_HWPT_DATA_AMD_GUEST,
     uapi_test.HwptSelftest: uapi_test.IOMMU_HWPT_DATA_SELFTEST,

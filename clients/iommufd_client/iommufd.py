@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .device import VfioDevice
     from .files import File, HasFileno
     from .ioctls import Steps
+    from .vm import Vm
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,6 +97,12 @@ class Iommufd(Connection):
         from .device import VfioDevice
 
         return VfioDevice(name, self.socket_path, context=self.identity, explain=self.explain)
+
+    def vm(self) -> Vm:
+        """A new VM of this context's machine, over the memory registered here."""
+        from .vm import Vm
+
+        return Vm(self.socket_path, mm=self.mm, context=self.identity, explain=self.explain)
 
     def guest_memory(self, size: int, name: str = "guest", *, hugetlb: bool = False) -> GuestMemory:
         """Memory that devices can reach once it is mapped."""

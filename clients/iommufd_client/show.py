@@ -118,6 +118,7 @@ def _moved(e: Endpoint) -> list[str]:
         several(e.faults, "fault"): e.faults,
         several(e.page_requests, "page request"): e.page_requests,
         f"{e.invalid} answered INVALID": e.invalid,
+        f"{e.failures} answered FAILURE": e.failures,
         f"{e.withdrawn} withdrawn": e.withdrawn,
         f"{e.timeouts} timed out": e.timeouts,
         f"{e.running} running": e.running,

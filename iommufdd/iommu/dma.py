@@ -121,10 +121,13 @@ class Dma:
 
     def resume(self) -> None:
         """The page request was answered with SUCCESS: try again."""
+        parked = self.state is PARKED
         self.state = RUNNING
         self.fault = None
         self.group = -1
         self.retries += 1
+        if parked:
+            self.dev.queue.submit(self)
 
     def end(self, state: State) -> State:
         """It is over: tell whoever waits."""
@@ -139,7 +142,8 @@ class Dma:
         if self.retries >= RETRIES:
             return self.fail(f"answered with SUCCESS {RETRIES} times, and still {fault}")
         if self.dev.request_page(self, fault):
-            self.state = PARKED
+            if self.group >= 0 and self.state is RUNNING:
+                self.state = PARKED  # else it was answered at once
             return self.state
         return self.state if self.state is FAILED else self.fail(str(fault))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from iommufdd.errors import EINVAL
 
 from .dma import DONE, PARKED, Dma, DmaQueue
-from .group import IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
+from .group import IOMMU_PAGE_RESP_FAILURE, IOMMU_PAGE_RESP_SUCCESS, Fault, IommuGroup, Iopf, IopfGroup
 from .ops import IOMMU_NO_PASID, Device, IommuOps, ResvRegion
 from .tlb import Tlb, TlbEntry
 from .walk import EXEC, PRIV, READ, WRITE
@@ -55,8 +55,8 @@ class TranslatingIommu(IommuOps, Protocol):
 class Counters:
     """What a device has done."""
 
-    __slots__ = ("completed", "failed", "faults", "invalid", "page_requests", "read", "timeouts", "withdrawn",
-                 "written")  # fmt: skip
+    __slots__ = ("completed", "failed", "failures", "faults", "invalid", "page_requests", "read", "timeouts",
+                 "withdrawn", "written")  # fmt: skip
 
     def __init__(self) -> None:
         self.read = self.written = 0  # bytes
@@ -64,6 +64,7 @@ class Counters:
         self.faults = 0  # that the IOMMU has recorded
         self.page_requests = 0
         self.invalid = 0  # answered INVALID by the user or the driver
+        self.failures = 0  # answered FAILURE: KVM has no page
         self.withdrawn = 0  # answered INVALID because the attachment ended
         self.timeouts = 0
 
@@ -208,19 +209,22 @@ class Endpoint(Device):
             monitor.answered(self, group, code)
         request = group.faults[-1]
         if self._waiting.get(request.grpid, (None, None))[1] is request:  # else the number may be another's by now
-            self.respond(request.grpid, success=code == IOMMU_PAGE_RESP_SUCCESS, withdrawn=group.withdrawn)
+            self.respond(request.grpid, success=code == IOMMU_PAGE_RESP_SUCCESS, withdrawn=group.withdrawn,
+                         failure=code == IOMMU_PAGE_RESP_FAILURE)  # fmt: skip
 
-    def respond(self, number: int, *, success: bool, withdrawn: bool) -> None:
-        """What waits in a page request group goes on, or fails."""
+    def respond(self, number: int, *, success: bool, withdrawn: bool, failure: bool = False) -> None:
+        """What waits in a page request group goes on, or fails; failure: KVM has no page."""
         dma, _ = self._waiting.pop(number, (None, None))
         if dma is None:
             return  # it gave up before
         if success:
             dma.resume()
-            self.queue.submit(dma)
         elif withdrawn:
             self.counters.withdrawn += 1
             dma.fail("the page request was answered INVALID: its attachment ended")
+        elif failure:
+            self.counters.failures += 1
+            dma.fail("the page request was answered FAILURE")
         else:
             self.counters.invalid += 1
             dma.fail("the page request was answered INVALID")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 IOMMU_PAGE_RESP_SUCCESS = 0
 IOMMU_PAGE_RESP_INVALID = 1
+IOMMU_PAGE_RESP_FAILURE = 2  # no user can say it
 
 
 class Owner(Protocol):

@@ -73,6 +73,9 @@ class Monitor:
     def switched(self, switch: Switch) -> None:
         """A (device, PASID) has got another domain."""
 
+    def misread(self, domain: Domain, gpa: int, level: int, entry: int, why: str) -> None:
+        """An entry of a VM's own table means another thing to the VM's CPU."""
+
     def finished(self, dma: Dma) -> None:
         """A DMA has ended, well or not."""
 

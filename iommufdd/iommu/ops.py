@@ -35,6 +35,7 @@ class DomainType(enum.Enum):
     BLOCKED = enum.auto()
     PAGING = enum.auto()
     NESTED = enum.auto()
+    KVM = enum.auto()
 
 
 class ResvRegion(NamedTuple):
@@ -159,6 +160,76 @@ class NestingOps(Protocol):
     """An IOMMU that nests a user's stage 1 directly on a paging domain."""
 
     def domain_alloc_nested(self, dev: Device, parent: Domain, flags: int, user_data: UserData) -> Domain: ...
+
+
+class PhysicalRun(NamedTuple):
+    """[first, last] of host-physical memory, shown by consecutive bytes of one file."""
+
+    first: int
+    last: int
+    file: PageFile
+    pos: int  # byte of the file behind `first`
+
+
+class PhysicalMemory(Protocol):
+    """Host-physical memory, as hardware reaches it."""
+
+    def load(self, hpa: int) -> int | None:
+        """The 64 bit entry at an address; None where there is no memory."""
+        ...
+
+    def store(self, hpa: int, entry: int) -> None:
+        """Write the 64 bit entry at an address that load() has found."""
+        ...
+
+    def run(self, hpa: int) -> PhysicalRun | None:
+        """Consecutive bytes of one file around an address; None where there is no memory of a file."""
+        ...
+
+
+class TdpMetadata(NamedTuple):
+    """struct kvm_exported_tdp_header and kvm_exported_tdp_ept: a VM's table, as KVM shows it to a driver."""
+
+    type: int
+    level: int
+    root_hpa: int
+    max_huge_page_level: int  # 1: 4 KiB, 2: 2 MiB, 3: 1 GiB
+    rsvd_bits_mask: tuple[int, ...]  # [bit 7 of the entry * 5 + level - 1]
+
+
+class Cached(NamedTuple):
+    """A translation that hardware has kept of a VM's table: guest-physical [first, last] to bytes of a file."""
+
+    where: str
+    first: int
+    last: int
+    file: PageFile
+    pos: int
+    allowed: int  # set of accesses (walk.py)
+
+
+@runtime_checkable
+class KvmDomain(Protocol):
+    """A domain over a VM's table."""
+
+    def cache_invalidate(self, start: int, size: int) -> None:
+        """The table has changed: bytes from guest address `start`; (0, all ones) is everything."""
+        ...
+
+    def cached(self) -> Iterable[Cached]:
+        """What is kept of the table now."""
+        ...
+
+    def cached_tables(self) -> Iterable[int]:
+        """Addresses of table pages that a walk may begin at."""
+        ...
+
+
+@runtime_checkable
+class KvmOps(Protocol):
+    """An IOMMU that walks a VM's table (the RFC's domain_alloc_kvm)."""
+
+    def domain_alloc_kvm(self, dev: Device, flags: int, tdp: TdpMetadata | None, memory: PhysicalMemory) -> Domain: ...
 
 
 @runtime_checkable

@@ -79,7 +79,7 @@ class Master(Endpoint):
             return True  # quirk: the driver sends no RESUME for a device that was not said to stall
         return self.report(dma, number, iova)
 
-    def respond(self, number: int, *, success: bool, withdrawn: bool) -> None:
+    def respond(self, number: int, *, success: bool, withdrawn: bool, failure: bool = False) -> None:
         """arm_smmu_page_response()"""
         if withdrawn:
             self._withdrawn.add(number)

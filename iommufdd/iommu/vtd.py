@@ -15,6 +15,7 @@ from .ops import IOMMU_NO_PASID, Cap, Device, Domain
 from .replace import Store, Switch
 from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, flush_words, new_nested
 from .vtd_hw import VtdHardware
+from .vtd_kvm import VtdKvm, new_kvm
 from .vtd_pasid import ABSENT, FIRST, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_regs import RECOVERABLE
 from .walk import EXEC, PRIV, READ, WRITE, TranslationFault
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from .explain import Explanation, Row
     from .group import IommuGroup
+    from .ops import PhysicalMemory, TdpMetadata
     from .walk import Step
 
 FIRST_DID = 2  # IDA_START_DID: 0 is unused, 1 is FLPT_DEFAULT_DID
@@ -123,6 +125,10 @@ class Vtd(VtdHardware):
         """intel_iommu_domain_alloc_nested()"""
         return new_nested(self, parent, flags, user_data)
 
+    def domain_alloc_kvm(self, dev: Device, flags: int, tdp: TdpMetadata | None, memory: PhysicalMemory) -> Domain:
+        """intel_iommu_domain_alloc_kvm()"""
+        return new_kvm(self, flags, tdp, memory)
+
     # ---- for people ----
 
     def explain(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> Explanation:
@@ -189,7 +195,7 @@ class Vtd(VtdHardware):
         self._dids[domain] = [did, 1]
         domain.units[self] = None
         paging = domain.parent if isinstance(domain, VtdNested) else domain
-        if isinstance(paging, VtdPaging):
+        if isinstance(paging, VtdPaging | VtdKvm):
             self.set_root(paging.root, paging)
             paging.units[self] = None
         return did
@@ -219,7 +225,7 @@ class Vtd(VtdHardware):
 
     def freed(self, domain: VtdDomain) -> None:
         """A domain is gone; its id went with its last attachment."""
-        if isinstance(domain, VtdPaging):
+        if isinstance(domain, VtdPaging | VtdKvm) and self.roots.get(domain.root) is domain:
             self.set_root(domain.root, None)
         for monitor in self.monitors:
             monitor.freed(domain)

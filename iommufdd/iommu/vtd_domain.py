@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from iommufdd.user_data import UserData, UserDataArray
 
     from .vtd import Vtd
+    from .vtd_hw import VtdHardware
 
 SZ_2M, SZ_1G = 1 << 21, 1 << 30
 AW = {3: 1, 4: 2, 5: 3}
@@ -171,6 +172,10 @@ class VtdPaging(VtdDomain):
                               pgsnp=self.force_snooping, fspm=self.levels - 4, fsptptr=self.root)  # fmt: skip
         return PasidEntry(present=True, pgtt=SECOND, aw=AW[self.levels], did=did, pwsnp=coherent, ssade=self.tracking,
                           ssptptr=self.root)  # fmt: skip
+
+    def walker(self, hw: VtdHardware, entry: PasidEntry) -> None:
+        """Nobody: its table is not bytes."""
+        return
 
     def unmapped(self, iova: int, last: int) -> None:
         """intel_iommu_tlb_sync(), and every child's caches, which hold results of this stage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import vtdss
 from .explain import Explanation, Row, amount, rights, where
 from .vtd_pasid import FIRST, NESTED, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_walk import Kept
@@ -43,15 +44,16 @@ def explain(hw: VtdHardware, dev: Endpoint, pasid: int | None, iova: int, access
 
 
 def step_row(step: Step) -> Row:
-    """A first-stage entry."""
+    """A first-stage entry, or one of a second stage that is bytes."""
     entry = step.entry
+    present, name = (vtdss.R | vtdss.W, vtdss.names) if step.stage == 2 else (P, names)
     size = 1 << 9 * step.level + 3
     leads = ""
-    if entry & P and (step.level == 1 or entry & PS):
+    if entry & present and (step.level == 1 or entry & PS):
         leads = f"{amount(size)} page at {entry & ADDRESS & -size:#x}"
-    elif entry & P:
+    elif entry & present:
         leads = f"table at {entry & ADDRESS:#x}"
-    bits = names(entry) if entry & P else "not present"
+    bits = name(entry) if entry & present else "not present"
     return Row(f"stage {step.stage} level {step.level}", 0, step.address, (entry,), bits, leads)
 
 
@@ -94,6 +96,9 @@ def _stages(
     context: Context, steps: tuple[Step, ...], entry: TlbEntry | None, fault: TranslationFault | None, iova: int
 ) -> Iterator[Row]:
     kernels = context.domain.translation
+    if context.ept is not None:
+        yield from map(step_row, steps)
+        return
     if context.entry.pgtt != NESTED:
         yield _kernels("stage 1" if context.entry.pgtt == FIRST else "stage 2", 0, kernels, iova)
         return

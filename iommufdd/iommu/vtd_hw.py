@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .endpoint import Endpoint
     from .vtd_domain import VtdDomain, VtdNested, VtdPaging
+    from .vtd_kvm import VtdKvm
 
 EVERYTHING = 0, 2**64 - 1
 FAULTS_KEPT = 256
@@ -44,7 +45,7 @@ class VtdHardware:
         self.ecap = ecap(description)
         self.iotlb = Tlb(description.caches)  # a space per (domain id, PASID); PASID -1: second stage, -2: table pages
         self.contexts: ContextCache[Context] = ContextCache(description.caches)  # the PASID cache
-        self.roots: dict[int, VtdPaging] = {}  # the kernel's own tables by address
+        self.roots: dict[int, VtdPaging | VtdKvm] = {}  # tables of the kernel's own, and of VMs, by address
         self._decoded: dict[tuple[int, tuple[int, ...]], Context] = {}  # what bytes mean, while the roots are the same
         self.monitors: list[Monitor] = []
         self.faults: deque[FaultRecord] = deque(maxlen=FAULTS_KEPT)
@@ -59,7 +60,7 @@ class VtdHardware:
             found = self._tables[dev] = PasidTable(lambda pasid: self._was_stored(dev, pasid))
         return found
 
-    def set_root(self, address: int, domain: VtdPaging | None) -> None:
+    def set_root(self, address: int, domain: VtdPaging | VtdKvm | None) -> None:
         """A table of the kernel's own lies at an address, or no longer."""
         if self.roots.get(address) is not domain:
             self._decoded.clear()
@@ -147,7 +148,7 @@ class VtdHardware:
             raise _refusal(Reason.FS_ROOT_ACCESS if pgtt == FIRST else Reason.SS_ROOT)
         space = self.iotlb.space((entry.did, -1 if pgtt == SECOND else pasid))
         tables = self.iotlb.space((entry.did, -2))
-        return Context(entry, pasid, domain, space, tables, d)
+        return Context(entry, pasid, domain, space, tables, d, domain.walker(self, entry))
 
     def _record(self, dev: Endpoint, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
         """Record a fault, unless the device may ask for the page."""
@@ -215,7 +216,9 @@ class VtdHardware:
             self.drop_domain(did)
             return
         what = Invalidation("IOTLB", "page", did, first, last)
-        what.dropped = self.iotlb.space((did, -1)).drop(first, last)
+        space = self.iotlb.space((did, -1))
+        what.dropped = space.drop(first, last)
+        what.tables = space.drop_tables(first, last, _shift)
         self._dropped(what)
 
     def drop_domain(self, did: int) -> None:

@@ -35,10 +35,7 @@ def ecap(d: VtdIommu) -> int:
 
 
 class Reason(enum.IntEnum):
-    """Scalable-mode fault reasons that a DMA can raise; text as in the specification's table.
-
-    Second-stage tables are the kernel's own, which are always readable (0x78) and well formed (0x7A).
-    """
+    """Scalable-mode fault reasons that a DMA can raise; text as in the specification's table."""
 
     PASID_DISABLED = 0x45
     PASID_TOO_LARGE = 0x46
@@ -56,7 +53,9 @@ class Reason(enum.IntEnum):
     NESTED_ROOT_READ = 0x75
     NESTED_READ = 0x76
     NESTED_WRITE = 0x77
+    SS_ACCESS = 0x78
     SS_PERMISSION = 0x79
+    SS_RESERVED = 0x7A
     SS_ROOT = 0x7B
     SS_NO_SNOOP = 0x7C
     NOT_CANONICAL = 0x80
@@ -86,7 +85,9 @@ TEXT = {
     Reason.NESTED_ROOT_READ: "no second-stage read permission for the first-stage root table",
     Reason.NESTED_READ: "no second-stage read permission for a first-stage table",
     Reason.NESTED_WRITE: "no second-stage write permission to set A or D in a first-stage entry",
+    Reason.SS_ACCESS: "a second-stage entry cannot be read",
     Reason.SS_PERMISSION: "no read or write permission in a second-stage entry",
+    Reason.SS_RESERVED: "a reserved field of a second-stage entry is set",
     Reason.SS_ROOT: "the second-stage table pointer is invalid",
     Reason.SS_NO_SNOOP: "a second-stage A or D bit must be set and page walks do not snoop",
     Reason.NOT_CANONICAL: "the address is not canonical",
@@ -113,6 +114,8 @@ _SECOND = {
     Why.NOT_PRESENT: Reason.SS_PERMISSION,
     Why.READ: Reason.SS_PERMISSION,
     Why.WRITE: Reason.SS_PERMISSION,
+    Why.RESERVED: Reason.SS_RESERVED,
+    Why.UNREADABLE: Reason.SS_ACCESS,
     Why.ADDRESS_SIZE: Reason.SS_BEYOND,
     Why.ACCESS_FLAG: Reason.SS_NO_SNOOP,
 }

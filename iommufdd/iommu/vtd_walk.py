@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from iommufdd.user import PageFile
 
     from .vtd_domain import VtdPaging
+    from .vtd_ept import EptWalker
     from .vtd_hw import VtdHardware
+    from .vtd_kvm import VtdKvm
     from .vtd_pasid import PasidEntry
     from .walk import Leaf, RawStep
 
@@ -56,13 +58,18 @@ class Kept(NamedTuple):
 class Context:
     """A PASID-table entry, decoded, with the caches that its tag selects."""
 
-    __slots__ = ("consent", "domain", "entry", "pasid", "rules", "space", "start", "tables")
+    __slots__ = ("consent", "domain", "entry", "ept", "pasid", "rules", "space", "start", "tables")
 
     def __init__(
-        self, entry: PasidEntry, pasid: int, domain: VtdPaging, space: Space, tables: Space, description: VtdIommu
-    ) -> None:
-        """domain: the kernel's table that the entry names; tables: what the second stage gives for table pages."""
+        self, entry: PasidEntry, pasid: int, domain: VtdPaging | VtdKvm, space: Space, tables: Space,
+        description: VtdIommu, ept: EptWalker | None = None,
+    ) -> None:  # fmt: skip
+        """domain: the kernel's table that the entry names; tables: what the second stage gives for table pages.
+
+        ept: of a second stage that is bytes.
+        """
         self.entry = entry
+        self.ept = ept
         self.pasid = pasid
         self.domain = domain
         self.space = space
@@ -105,6 +112,8 @@ class Walk:
         try:
             if pgtt == FIRST:
                 entry = self._first(iova, access)
+            elif self._context.ept is not None:
+                entry = self._context.ept.translate(self._context.space, iova, access, self._steps, cached=self._cached)
             elif pgtt == SECOND:
                 extent, rights = self._second(iova, access, During.ACCESS)
                 entry = _from_extent(extent, rights)

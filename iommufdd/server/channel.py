@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .credentials import Peer
-    from .devices import Opened
     from .files import Loan, Pipe
     from .fuse.session import Session
     from .instance import AddressSpace
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from .seccomp.notify import Supervisor
     from .segments import Segment
     from .serve import Server
+    from .vms import AnyOpened
 
 PACKETS_AFTER_HANG_UP = 32  # a turn, of those still in the queue
 PACKETS_ALONE = 16  # a turn of the only channel; others wait that many milliseconds at most
@@ -56,7 +56,7 @@ class Channel:
     A reply that cannot be sent at once is kept, and nothing more is read until it has left.
     """
 
-    opened: Opened
+    opened: AnyOpened
     space: AddressSpace
     files: Descriptors
     caller: Caller
@@ -104,7 +104,7 @@ class Channel:
 
     # ---- joining what is open ----
 
-    def join(self, opened: Opened, space: AddressSpace) -> None:
+    def join(self, opened: AnyOpened, space: AddressSpace) -> None:
         """The hello is accepted; the reference of the open file is ours."""
         server = self.server
         self.opened, self.space = opened, space

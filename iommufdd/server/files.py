@@ -19,9 +19,9 @@ from iommufdd.user import File
 from . import log
 
 if TYPE_CHECKING:
-    from .devices import Opened
     from .memory import PageFiles
     from .nofile import Nofile
+    from .vms import AnyOpened
 
 FileKey = tuple[int, int, int]
 READABLE = ~(select.POLLOUT | select.POLLWRNORM)  # what a byte in the pipe shows
@@ -41,7 +41,7 @@ class Pipe:
 
     __slots__ = ("file", "key", "opened", "read_fd", "shown", "uid", "write_fd")
 
-    def __init__(self, opened: Opened, uid: int) -> None:
+    def __init__(self, opened: AnyOpened, uid: int) -> None:
         self.opened = opened
         self.uid = uid
         self.file: File | None = None  # not yet published
@@ -89,7 +89,7 @@ class Pipes:
         self._by_fd: dict[int, Pipe] = {}
         self.closers = select.epoll()
 
-    def reserve(self, opened: Opened, uid: int) -> Pipe:
+    def reserve(self, opened: AnyOpened, uid: int) -> Pipe:
         """A pipe for a file that is still to be made; EMFILE."""
         self.nofile.charge(uid, 2)
         try:
@@ -156,7 +156,7 @@ class Pipes:
 class Descriptors:
     """struct files_struct of one packet: numbers are indexes of the descriptors sent, both ways."""
 
-    def __init__(self, opened: Opened, uid: int, pipes: Pipes, page_files: PageFiles) -> None:
+    def __init__(self, opened: AnyOpened, uid: int, pipes: Pipes, page_files: PageFiles) -> None:
         self.opened = opened
         self.uid = uid
         self.pipes = pipes

@@ -1,4 +1,4 @@
-"""The first packet of a connection (docs/PROTOCOL.md section 2): which context or device, which address space."""
+"""The first packet of a connection (docs/PROTOCOL.md section 2): which context, device or VM, which address space."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from iommufdd.errors import EBADF, EINVAL, IommufdError, ProtocolError
 
 from .devices import OpenDevice
 from .instance import OpenContext
+from .vms import OpenVm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .channel import Channel
-    from .devices import Opened
+    from .instance import AddressSpace
+    from .vms import AnyOpened
 
 EPROTONOSUPPORT = 93  # no errno of the core
 
@@ -60,19 +62,22 @@ def _join(channel: Channel, hello: Hello, fds: Sequence[int]) -> None:
     machine, device = _check(hello, fds)
     space = server.spaces.open(hello.mm, uid)
     try:
-        channel.join(_open(channel, hello, machine, device, fds), space)
+        channel.join(_open(channel, hello, machine, device, fds, space), space)
     except IommufdError:
         server.spaces.leave(space, channel)
         raise
 
 
-def _open(channel: Channel, hello: Hello, machine: str, device: str, fds: Sequence[int]) -> Opened:
+def _open(
+    channel: Channel, hello: Hello, machine: str, device: str, fds: Sequence[int], space: AddressSpace
+) -> AnyOpened:
     """What the channel is for, with a reference for it. EBADFD, ENOENT, EMFILE."""
     instances, uid = channel.server.instances, channel.peer.uid
     if hello.kind == Kind.IOMMUFD:
         return OpenContext(instances.join(machine), uid, container=bool(hello.flags & HELLO_CONTAINER))
-    if hello.kind == Kind.DEVICE:
-        return OpenDevice(instances.find(fds[0]).instance if fds else instances.join(machine), device, uid)
+    if hello.kind in (Kind.DEVICE, Kind.VM):
+        instance = instances.find(fds[0]).instance if fds else instances.join(machine)
+        return OpenDevice(instance, device, uid) if hello.kind == Kind.DEVICE else OpenVm(instance, space.mm, uid)
     context = instances.find(fds[0])
     context.ctx.get()
     return context
@@ -81,7 +86,7 @@ def _open(channel: Channel, hello: Hello, machine: str, device: str, fds: Sequen
 def _check(hello: Hello, fds: Sequence[int]) -> tuple[str, str]:
     """The names of the machine and the device. EINVAL, EBADF."""
     known = HELLO_CONTAINER if hello.kind == Kind.IOMMUFD else 0
-    if hello.flags & ~known or hello.reserved or hello.reserved2 or hello.kind > Kind.DEVICE:
+    if hello.flags & ~known or hello.reserved or hello.reserved2 or hello.kind > Kind.VM:
         raise EINVAL(f"kind {hello.kind}, or a field that must be zero is not")
     machine, device = _name(hello.machine), _name(hello.device)
     if hello.kind == Kind.CHANNEL and not fds:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .devices import OpenDevice
     from .nofile import Nofile
+    from .vms import OpenVm
 
 REGISTERS_END = 1 << 40  # bytes, all of them holes
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -39,6 +40,7 @@ class Instance:
         self.machine = machine
         self.contexts: set[OpenContext] = set()
         self.devices: set[OpenDevice] = set()
+        self.vms: set[OpenVm] = set()
         self._users: set[object] = set()
         machine.dma.pumping = instances.pumping
 
@@ -107,6 +109,7 @@ class Instances:
         self.nofile = nofile
         self.contexts: dict[FileKey, OpenContext] = {}
         self.devices: set[OpenDevice] = set()
+        self.vms: set[OpenVm] = set()
         self.named: dict[str, Instance] = {}
         self.pumping: Pumping | None = None  # of every machine's DMA
         self._new_machine = new_machine
@@ -117,7 +120,8 @@ class Instances:
     def __iter__(self) -> Iterator[Instance]:
         """Every instance on which something is open."""
         found = {context.instance: None for context in self.contexts.values()}
-        return iter(found | {device.instance: None for device in self.devices})
+        found |= {device.instance: None for device in self.devices}
+        return iter(found | {vm.instance: None for vm in self.vms})
 
     def join(self, name: str) -> Instance:
         """The machine instance `[INSTANCE][@MACHINE]`; a new one if INSTANCE is empty or nobody keeps it yet.

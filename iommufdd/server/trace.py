@@ -17,6 +17,7 @@ from iommufd_uapi.events import Event, Filter, Ioctl, Lost, Object, Queue, line
 from iommufdd.context import Context
 from iommufdd.errors import EMFILE
 from iommufdd.event_port import Events
+from iommufdd.kvm.vm import Vm
 from iommufdd.veventq import Veventq
 from iommufdd.vfio.device_cdev import VfioDeviceFile
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from .reactor import Reactor
     from .serve import Server
 
-    Source: TypeAlias = Context | VfioDeviceFile | Events  # the last: hardware
+    Source: TypeAlias = Context | VfioDeviceFile | Vm | Events  # the last: hardware
 
 RING = 4096  # events that a reader may be behind
 CHUNK = 64  # events in one send
@@ -130,7 +131,7 @@ class Trace:
 
     def ioctl(self, file: File, caller: Caller, cmd: int, uptr: int, rc: int, entered: object) -> None:
         assert isinstance(entered, Entered)
-        assert isinstance(file, Context | VfioDeviceFile)
+        assert isinstance(file, Context | VfioDeviceFile | Vm)
         until = now()
         view, data, device = entered.view, entered.data, isinstance(file, VfioDeviceFile)
         view.after = True
@@ -140,7 +141,7 @@ class Trace:
             event = Ioctl(
                 context=inode(context_of(file)), name=decode.name_of(cmd, data, device=device), cmd=cmd,
                 fields=entered.fields, result=rc, back=back, duration=until - entered.time, reason=_reason(caller),
-                device=file.device.dev.name if isinstance(file, VfioDeviceFile) else "",
+                device=_device(file),
             )  # fmt: skip
             self._tell(event, file, entered.time)
         except Exception as error:  # the call is done: what goes wrong from here on must not be its answer
@@ -211,7 +212,14 @@ def inode(ictx: Context | None) -> int:
     return ictx.opened.key[1] if isinstance(ictx, ServedContext) else 0
 
 
-def _owner(source: Context | VfioDeviceFile) -> object:
+def _device(file: Context | VfioDeviceFile | Vm) -> str:
+    """What a call is made on; empty for a context."""
+    if isinstance(file, Vm):
+        return "vm"
+    return file.device.dev.name if isinstance(file, VfioDeviceFile) else ""
+
+
+def _owner(source: Context | VfioDeviceFile | Vm) -> object:
     return source.opened.owner if isinstance(source, ServedContext | ServedDevice) else None
 
 

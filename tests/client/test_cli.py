@@ -226,6 +226,19 @@ def test_ioctls_json(capsys: pytest.CaptureFixture[str]) -> None:
 # ---- demo ----
 
 
+def test_demo_of_a_shared_table() -> None:
+    """A DMA misses, asks, goes on; the slot goes, and it fails; the slot comes back. Nothing is ever pinned."""
+    done = run("demo", "kvm")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "hwpt_kvm 2", "Device or resource busy", "stage 2 level 5", "1 page request, 0 answered FAILURE",
+        "2 page requests, 1 answered FAILURE", "3 page requests", "0 invariants broken",
+        "pages that anybody had pinned: 0; objects left in the daemon: 0",
+    ):  # fmt: skip
+        assert words in done.stdout, words
+    assert done.stderr == ""
+
+
 def test_demo() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr + done.stdout

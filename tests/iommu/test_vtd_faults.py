@@ -249,7 +249,9 @@ def test_reason(code: int) -> None:
 
 
 def test_every_reason_has_a_dma() -> None:
-    assert set(CASES) == {int(reason) for reason in Reason} == {int(reason) for reason in TEXT}
+    """Here, but for those of a second stage that is bytes: tests/kvm/test_vtd_ept.py."""
+    there = {Reason.SS_ACCESS, Reason.SS_RESERVED}
+    assert set(CASES) == {int(reason) for reason in Reason} - there == {int(reason) for reason in TEXT} - there
 
 
 def test_a_kernels_first_stage() -> None:

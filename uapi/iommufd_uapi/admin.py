@@ -313,6 +313,7 @@ class Endpoint(msgspec.Struct):
     timeouts: int
     running: int  #: transfers now
     waiting: int  #: for a page
+    failures: int = 0  #: page requests answered FAILURE: KVM has no page
 
 
 class Instance(msgspec.Struct):

@@ -13,8 +13,10 @@ from typing import TypeAlias
 
 import msgspec
 
-from .iommufd import IOCTLS
+from .iommufd import IOCTLS, HwptAlloc
 from .iommufd_test import TEST_OPS, TestCmd
+from .kvm import IOCTLS as KVM_IOCTLS
+from .kvm import IOMMU_HWPT_DATA_KVM, KVM_CREATE_VCPU, HwptKvm, KvmIoctl
 from .layout import BytesLike, Direction, Fd, FdIn, Ioctl, Layout, Masked, Pointer, Tail, VfioIoctl
 from .vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS
 
@@ -66,6 +68,16 @@ def returns_fd(cmd: int, struct_bytes: BytesLike, device: bool = False) -> bool:
     return found.returns_fd.bytes(_unpack(found, struct_bytes)) > 0
 
 
+def pointed_fds(cmd: int, struct_bytes: BytesLike) -> Sequence[tuple[int, int]]:
+    """Where fds are in memory that the struct points to: (offset of the pointer, offset behind it)."""
+    if cmd != HwptAlloc.CMD:
+        return ()
+    struct = HwptAlloc.unpack(whole(struct_bytes, HwptAlloc.SIZEOF))
+    if struct.data_type != IOMMU_HWPT_DATA_KVM or struct.data_len != HwptKvm.SIZEOF:
+        return ()
+    return [(HwptAlloc.offsetof("data_uptr"), fd.offset) for fd in HwptKvm.FDS]
+
+
 # ---- tables --------------------------------------------------------------------------------------
 
 
@@ -90,7 +102,9 @@ _TEST = {
 }
 _DEVICE = {struct.CMD: _vfio(struct) for struct in DEVICE_IOCTLS}
 _CONTAINER = {struct.CMD: _vfio(struct) for struct in CONTAINER_IOCTLS}
-_ANY = _CONTAINER | _DEVICE | {struct.CMD: _iommufd(struct) for struct in IOCTLS}
+_KVM = {struct.CMD: Arguments(struct, 0, (), _places(struct.FDS)) for struct in KVM_IOCTLS}
+_KVM[KVM_CREATE_VCPU] = Arguments(KvmIoctl, returns_fd=True)
+_ANY = _CONTAINER | _DEVICE | _KVM | {struct.CMD: _iommufd(struct) for struct in IOCTLS}
 
 
 def _arguments(cmd: int, data: BytesLike, device: bool) -> Arguments | None:

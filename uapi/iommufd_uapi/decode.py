@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from . import iommufd as uapi
-from . import vfio
+from . import kvm, vfio
 from .args import whole
 from .iommufd_test import TEST_OPS, TestCmd
 from .layout import Ioctl, Layout, VfioIoctl
@@ -23,7 +23,8 @@ FEW = 4  #: entries shown of an array
 LONGEST = 32  #: bytes shown of what is not known
 
 _DEVICE: dict[int, type[VfioIoctl]] = {struct.CMD: struct for struct in vfio.DEVICE_IOCTLS}
-_CONTAINER: dict[int, type[Ioctl | VfioIoctl]] = {
+_CONTAINER: dict[int, type[Ioctl | VfioIoctl | kvm.KvmIoctl]] = {
+    **{struct.CMD: struct for struct in kvm.IOCTLS},
     **{struct.CMD: struct for struct in vfio.CONTAINER_IOCTLS},
     **{struct.CMD: struct for struct in uapi.IOCTLS},
 }
@@ -78,7 +79,7 @@ def arguments(cmd: int, arg: int, data: bytes, view: View, *, device: bool = Fal
     layout = _layout(cmd, device)
     if layout is None or len(data) < 4:
         return _number(cmd, arg)
-    obj = layout.unpack(whole(data, layout.SIZEOF))
+    obj = _unpack(layout, data)
     return _size(obj, data) | dict(_passed(obj, view))
 
 
@@ -89,13 +90,20 @@ def written(cmd: int, before: bytes, after: bytes, view: View, *, ok: bool, devi
     layout = _layout(cmd, device)
     if layout is None or len(before) < 4 or len(after) < 4:
         return {}
-    old, new = (layout.unpack(whole(data, layout.SIZEOF)) for data in (before, after))
+    old, new = (_unpack(layout, data) for data in (before, after))
     found = {name: _text(new, name, view) for name in _changed(old, new, ok=ok)}
     return found | dict(_filled(new, view, ok=ok))
 
 
-def _layout(cmd: int, device: bool) -> type[Ioctl | VfioIoctl] | None:
+def _layout(cmd: int, device: bool) -> type[Ioctl | VfioIoctl | kvm.KvmIoctl] | None:
     return (_DEVICE_LAYOUTS if device else _LAYOUTS).get(cmd)
+
+
+def _unpack(layout: type[Layout], data: bytes) -> Layout:
+    """A struct of which some bytes may be missing: only KVM's do not say how many there are."""
+    if issubclass(layout, kvm.KvmIoctl):
+        return layout.unpack(data.ljust(layout.SIZEOF, b"\0"))
+    return layout.unpack(whole(data, layout.SIZEOF))
 
 
 def _number(cmd: int, arg: int) -> dict[str, str]:
@@ -108,6 +116,8 @@ def _number(cmd: int, arg: int) -> dict[str, str]:
 def _size(obj: Layout, data: bytes) -> dict[str, str]:
     """The size that the caller gives, unless it is what everybody gives."""
     name, size = obj.__struct_fields__[0], int.from_bytes(data[:4], "little")
+    if isinstance(obj, kvm.KvmIoctl):
+        return {}
     return {} if size == obj.SIZEOF else {name: str(size)}
 
 
@@ -131,6 +141,8 @@ def _changed(old: Layout, new: Layout, *, ok: bool) -> Iterator[str]:
 
 def _covered(obj: Layout) -> list[str]:
     """The fields after the size: of VFIO's structs those that argsz covers, for callers keep to older, shorter ones."""
+    if isinstance(obj, kvm.KvmIoctl):
+        return list(obj.__struct_fields__)
     end = max(obj.argsz, 4) if isinstance(obj, VfioIoctl) else obj.SIZEOF
     return [name for name in obj.__struct_fields__[1:] if obj.offsetof(name) < end]
 

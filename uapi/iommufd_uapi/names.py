@@ -14,7 +14,7 @@ import msgspec
 
 from . import iommufd as uapi
 from . import iommufd_test as test
-from . import vfio
+from . import kvm, vfio
 from .layout import Layout
 
 
@@ -69,6 +69,7 @@ PLAIN: dict[int, str] = {
         "VFIO_DEVICE_RESET", "VFIO_IOMMU_ENABLE", "VFIO_IOMMU_DISABLE",
     }
 }  # fmt: skip
+PLAIN |= {kvm.KVM_CHECK_EXTENSION: "KVM_CHECK_EXTENSION", kvm.KVM_CREATE_VCPU: "KVM_CREATE_VCPU"}
 
 NAMES: dict[Field, Names] = {
     (uapi.IoasMap, "flags"): _MAP,
@@ -156,6 +157,7 @@ HEX = frozenset([
 #: the struct behind data_uptr, by the ioctl and its data type
 NESTED: dict[tuple[type[Layout], int], type[Layout]] = {
     (uapi.HwptAlloc, uapi.IOMMU_HWPT_DATA_VTD_S1): uapi.HwptVtdS1,
+    (uapi.HwptAlloc, kvm.IOMMU_HWPT_DATA_KVM): kvm.HwptKvm,
     (uapi.HwptAlloc, uapi.IOMMU_HWPT_DATA_ARM_SMMUV3): uapi.HwptArmSmmuv3,
     (uapi.HwptAlloc, uapi.IOMMU_HWPT_DATA_AMD_GUEST): uapi.HwptAmdGuest,
     (uapi.HwptAlloc, test.IOMMU_HWPT_DATA_SELFTEST): test.HwptSelftest,

@@ -34,6 +34,7 @@ class Kind(IntEnum):
     DEVICE = 2  #: a VFIO device by name
     SUPERVISE = 3  #: a seccomp listener: processes whose system calls are to be answered
     MOUNT = 4  #: a mounted /dev/fuse: a file that stands for /dev/iommu
+    VM = 5  #: a new VM, whose memory is that of the address space
 
 
 class Op(IntEnum):

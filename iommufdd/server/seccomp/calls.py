@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from iommufdd.errors import ENOENT, IommufdError
+from iommufdd.kvm.tdp_fd import TdpFile
 from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
 from iommufdd.user import Gate
@@ -161,9 +162,9 @@ class Calls:
         cmd = args[1] & 0xFFFF_FFFF
         if found is None or cmd in GENERIC_IOCTLS:
             return CONTINUE
+        if not isinstance(found, Installed) or found.file is not found.opened.file:
+            return -errno.ENODEV if isinstance(found.file, TdpFile) else -errno.ENOTTY
         opened = found.opened
-        if found.file is not opened.file or not isinstance(found, Installed):
-            return -errno.ENOTTY
         if thread.process.stranger:
             thread.files.prepare(cmd, args[2])
         if cmd == DESTROY and found.maps:

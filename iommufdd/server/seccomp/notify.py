@@ -19,6 +19,7 @@ from iommufd_uapi.wire import (
 )
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
+from iommufdd.server.vms import OpenVm
 
 from .calls import Calls
 from .listener import CONTINUE, Listener
@@ -302,7 +303,8 @@ class Supervisor(Listener, Targets[Thread]):
         """The contexts and devices of which a process has a descriptor; none if that may not be looked at."""
         euid = os.geteuid()
         found = {self.find((*inode, euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
-        return {each.opened for each in found if each is not None}
+        opened = (each.opened for each in found if each is not None)
+        return {each for each in opened if not isinstance(each, OpenVm)}
 
 def origin_of(peer: Peer) -> Origin:
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from iommufdd.mmap import MmapRegion, Vma
-    from iommufdd.server.devices import Opened
+    from iommufdd.server.vms import AnyOpened
     from iommufdd.user import Caller, File
 
     from .fds import Installed
@@ -45,7 +45,7 @@ def show(region: MmapRegion, memfd: int) -> None:
         Shown(region, memfd)
 
 
-def map_registers(caller: Caller, opened: Opened, file: File, args: list[int], *, mode: int = os.O_RDWR) -> Vma:
+def map_registers(caller: Caller, opened: AnyOpened, file: File, args: list[int], *, mode: int = os.O_RDWR) -> Vma:
     """mmap(2) of one of our files, opened with `mode`: the registers then lie in the context's file.
 
     EINVAL, EACCES (do_mmap); EPERM, ENXIO (iommufd_fops_mmap); EINVAL of a device; ENODEV for what has no mmap; ENOMEM.

@@ -147,7 +147,7 @@ class File:
 
 
 class IoctlFile(File):
-    """A file with ioctls, which whoever listens on its machine is told of: a context, an open VFIO device."""
+    """A file with ioctls, which whoever listens on its machine is told of: a context, an open VFIO device, a VM."""
 
     events: Events
 

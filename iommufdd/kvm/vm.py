@@ -18,7 +18,7 @@ from iommufdd.errors import (
     EOPNOTSUPP,
     IommufdError,
 )
-from iommufdd.user import PAGE_SHIFT, File, Gate
+from iommufdd.user import PAGE_SHIFT, File, Gate, IoctlFile
 
 from .invariants import Invariants
 from .mmu import Mmu
@@ -55,7 +55,7 @@ class Vcpu(File):
         self.vm.put()
 
 
-class Vm(File):
+class Vm(IoctlFile):
     """struct kvm. Descriptors of it, of vCPUs and of an exported table keep it."""
 
     def __init__(self, machine: Machine, mm: Mm, features: Features | None = None) -> None:
@@ -84,20 +84,6 @@ class Vm(File):
         self.mmu.drop_root()
         if self.mmu.checks is not None:
             self.mmu.checks.end()
-
-    def ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
-        """One ioctl(2): the result, or minus an errno with caller.error telling why."""
-        caller.error = None
-        events = self.events
-        entered = events.enter(self, caller, cmd, uptr) if events.listening else None
-        try:
-            rc = self._ioctl(caller, cmd, uptr)
-        except IommufdError as error:
-            caller.error = error
-            rc = -error.errno
-        if entered is not None:
-            events.ioctl(self, caller, cmd, uptr, rc, entered)
-        return rc
 
     def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> NoReturn:
         """mmap(2): ENODEV"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 LIMIT = 60.0  # seconds for one run
+COMPILED: dict[str, Path] = {}  # by linkage: the tests of mount have a fixture `compiled` of their own
 
 
 class Run:
@@ -73,15 +73,15 @@ def linked(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def compiled(linked: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the C programs, each under its name without the suffix."""
-    return _compile(linked, tmp_path_factory)
+    if linked not in COMPILED:
+        COMPILED[linked] = _compile(linked, tmp_path_factory.mktemp(linked))
+    return COMPILED[linked]
 
 
-@functools.cache  # the tests of mount have this fixture too, and a fixture is made for each conftest.py
-def _compile(linked: str, temporary: pytest.TempPathFactory) -> Path:
+def _compile(linked: str, folder: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
-    folder = temporary.mktemp(linked)
     options = ["-static"] if linked == "static" else []
     for source in HERE.glob("*.c"):
         made = subprocess.run(

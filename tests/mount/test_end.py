@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from iommufd_client.testing import Daemon
-from tests.run.test_end import PATIENCE, _children, _ready, _runs, _soon
+from tests.run.test_end import PATIENCE, STATUSES, _children, _ready, _runs, _soon
 
 from .conftest import HABITS
 
@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 HOLD = ("/dev/iommu", "--", sys.executable, HABITS, "hold")
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [
-        (("true",), 0),
-        (("sh", "-c", "exit 42"), 42),
-        (("sh", "-c", "kill -SEGV $$"), 128 + signal.SIGSEGV),
-        (("/nowhere/at/all",), 127),
-        (("/etc/passwd",), 126),
-    ],
-)
+@pytest.mark.parametrize(("command", "status"), STATUSES)
 def test_the_exit_status_is_that_of_a_shell(mount: Mount, command: tuple[str, ...], status: int) -> None:
     assert mount("/dev/iommu", "--", *command).returncode == status
 

@@ -21,18 +21,16 @@ if TYPE_CHECKING:
     from .conftest import Run
 
 PATIENCE = 10.0
+STATUSES = [
+    (("true",), 0),
+    (("sh", "-c", "exit 42"), 42),
+    (("sh", "-c", "kill -SEGV $$"), 128 + signal.SIGSEGV),
+    (("/nowhere/at/all",), 127),
+    (("/etc/passwd",), 126),
+]
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [
-        (("true",), 0),
-        (("sh", "-c", "exit 42"), 42),
-        (("sh", "-c", "kill -SEGV $$"), 128 + signal.SIGSEGV),
-        (("/nowhere/at/all",), 127),
-        (("/etc/passwd",), 126),
-    ],
-)
+@pytest.mark.parametrize(("command", "status"), STATUSES)
 def test_the_exit_status_is_that_of_a_shell(run: Run, command: tuple[str, ...], status: int) -> None:
     assert run("--", *command).returncode == status
 
@@ -139,7 +137,12 @@ def test_a_killed_keeper_takes_the_command_along(run: Run, compiled: Path) -> No
 
 
 def test_a_killed_daemon_means_enodev_and_no_more(run: Run, compiled: Path) -> None:
-    daemon = Daemon(terminate=False).start()
+    assert "ENODEV" in outlive(Daemon(terminate=False), run, compiled)
+
+
+def outlive(daemon: Daemon, run: Run, compiled: Path) -> str:
+    """What a run says on stderr whose daemon is killed while CMD calls it."""
+    daemon.start()
     try:
         with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "outlived") as process:
             _ready(process)
@@ -148,7 +151,7 @@ def test_a_killed_daemon_means_enodev_and_no_more(run: Run, compiled: Path) -> N
     finally:
         daemon.stop()
     assert (process.returncode, out) == (0, "ok\n"), err
-    assert "ENODEV" in err
+    return err
 
 
 def _ready(process: subprocess.Popen[str]) -> None:

@@ -25,7 +25,7 @@ from iommufdd.errors import ProtocolError
 from iommufdd.server.seccomp.reach import Ask, Reach, Waiting
 
 from .test_behaviour import HABITS
-from .test_end import _children, _ready, _runs, _soon
+from .test_end import _children, _runs, _soon, outlive
 from .test_programs import check, programs, some
 
 if TYPE_CHECKING:
@@ -162,15 +162,7 @@ def _calls(pid: int) -> int:
 
 
 def test_a_killed_daemon_means_enodev_to_the_call_that_waits(run: Run, compiled: Path, python_outside: str) -> None:
-    daemon = Daemon(python=python_outside, terminate=False).start()
-    try:
-        with run.start("--socket-path", daemon.socket_path, "--", compiled / "behave", "outlived") as process:
-            _ready(process)
-            os.kill(daemon.pid, signal.SIGKILL)
-            out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        daemon.stop()
-    assert (process.returncode, out) == (0, "ok\n"), err
+    outlive(Daemon(python=python_outside, terminate=False), run, compiled)
 
 
 # ---- what the keeper gives ----

@@ -115,6 +115,7 @@ def _access(ucmd: Ucmd, cmd: uapi.TestCmd) -> SelftestAccess:
 
 
 def access_replace_ioas(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.AccessReplaceIoas) -> None:
+    """ACCESS_REPLACE_IOAS: ENOENT, and what replacing raises (iommufd_test_access_replace_ioas)."""
     staccess = _access(ucmd, cmd)
     ictx = staccess.ictx
     ucmd.caller.gate(Gate.LOOKUP)
@@ -149,6 +150,7 @@ def access_pages(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.AccessPages) -> None:
 
 
 def destroy_access_pages(ucmd: Ucmd, cmd: uapi.TestCmd, op: uapi.DestroyAccessPages) -> None:
+    """DESTROY_ACCESS_PAGES: ENOENT (iommufd_test_access_item_destroy)."""
     _access(ucmd, cmd).unpin_item(op.access_pages_id)
 
 

@@ -120,6 +120,7 @@ class Mapping(Fd):
 
 
 def fd_number(fd: HasFileno | int) -> int:
+    """The number of an open file, or the number given."""
     return fd if isinstance(fd, int) else fd.fileno()
 
 

@@ -246,6 +246,7 @@ def _start(options: Options, numbers: seccomp.Syscalls, base: int) -> tuple[int,
 
 
 def complain(text: str) -> None:
+    """One line on stderr, unbuffered: also from a child that ends by _exit()."""
     os.write(2, f"iommufdctl: {text}\n".encode())
 
 

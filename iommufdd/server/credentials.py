@@ -58,6 +58,7 @@ def task_of(connection: socket.socket, peer: Peer, machine: Machine, virtual: Vi
 
 
 def set_capabilities(task: Task, caps: frozenset[str]) -> None:
+    """Of these, by their names in capabilities(7), the ones that iommufd asks for."""
     task.cap_ipc_lock = "CAP_IPC_LOCK" in caps
     task.cap_sys_rawio = "CAP_SYS_RAWIO" in caps
     task.cap_sys_resource = "CAP_SYS_RESOURCE" in caps

@@ -176,6 +176,7 @@ def inherited(fd: int) -> socket.socket:
 
 
 def is_listening(sock: socket.socket) -> bool:
+    """Whether listen(2) was called on it. OSError."""
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 

@@ -44,6 +44,7 @@ class Json(logging.Formatter):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """What stands beside the message, by name; the traceback too."""
     fields: dict[str, object] = dict(getattr(record, "fields", {}))
     if record.exc_info:
         fields["traceback"] = logging.Formatter().formatException(record.exc_info)

@@ -306,7 +306,9 @@ class Supervisor(Listener, Targets[Thread]):
         opened = (each.opened for each in found if each is not None)
         return {each for each in opened if not isinstance(each, OpenVm)}
 
+
 def origin_of(peer: Peer) -> Origin:
+    """Where the keeper is; EINVAL if it cannot be looked into."""
     try:
         return Origin.of(peer.pid)
     except OSError as error:

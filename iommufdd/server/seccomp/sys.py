@@ -92,14 +92,17 @@ def on_procfs(fd: int, mounter: int) -> bool:
 
 
 def inotify_init() -> int:
+    """inotify_init1(2): a descriptor that does not wait. OSError."""
     return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def inotify_add_watch(fd: int, path: str, mask: int) -> int:
+    """inotify_add_watch(2): the watch. OSError."""
     return _check(_libc.inotify_add_watch(fd, path.encode(), mask))
 
 
 def inotify_rm_watch(fd: int, wd: int) -> None:
+    """inotify_rm_watch(2); nothing where the watch has gone by itself."""
     _libc.inotify_rm_watch(fd, wd)
 
 

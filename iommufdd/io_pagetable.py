@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .iommu.ops import Domain
 
 
-
 class IoPagetable(IovaSpace):
     """struct io_pagetable: the IOVA space of one IOAS."""
 

@@ -168,7 +168,6 @@ def follow(local: Local) -> Iterator[Callable[..., Follower]]:
     assert local.server.instances._listener is None
 
 
-
 def names(found: list[events.AnyEvent]) -> list[str]:
     return [event.name if isinstance(event, events.Ioctl) else type(event).__name__ for event in found]
 

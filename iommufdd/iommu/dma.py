@@ -85,15 +85,16 @@ class Dma:
     def step(self) -> State:
         """One stretch; the state after it."""
         iova = self.iova + self.done
+        left = self.length - self.done
         try:
             entry = self.dev.translate(self.pasid, iova, self.access)
+            whole = left <= STRETCH and iova + left - 1 <= entry.last
+            count = left if whole else min(left, entry.last - iova + 1, STRETCH)
+            for monitor in self.dev.iommu.monitors:
+                monitor.moving(self.dev, self.pasid, iova, count, self.access, entry)
         except TranslationFault as fault:
-            return self._refused(fault)
-        left = self.length - self.done
-        count = left if left <= STRETCH and iova + left - 1 <= entry.last else min(left, entry.last - iova + 1, STRETCH)
+            return self._refused(fault.bare())
         self.retries = 0
-        for monitor in self.dev.iommu.monitors:
-            monitor.moving(self.dev, self.pasid, iova, count, self.access, entry)
         try:
             if not self._move(entry, iova - entry.first + entry.pos, count):
                 return self.state

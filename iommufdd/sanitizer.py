@@ -100,6 +100,7 @@ class Sanitizer(Monitor):
         self._pending: dict[object, Finding] = {}
         self._never: dict[object, Finding] = {}  # by translation and by change: what later uses belong to
         self._commands: deque[Invalidation] = deque(maxlen=MAX_LOG)  # of the user's invalidation in work
+        self._useful = False  # one of them dropped something
         self._log: deque[Came] = deque(maxlen=MAX_LOG)
         self._source = "", 0, 0  # _served() of the use in work
         self._fresh_last = -1  # the end of what has been compared for the use in work
@@ -266,7 +267,8 @@ class Sanitizer(Monitor):
     def invalidated(self, what: Invalidation) -> None:
         """The right one: what was used before it has raced, and what is used after it is another matter."""
         if what.user:
-            self._commands.append(what)
+            self._commands.append(what.bare())
+            self._useful = self._useful or bool(what.dropped or what.tables)
         for known in (self._pending, self._never):
             covered = [key for key, finding in known.items() if self._covers(what, finding)]
             for key in covered:
@@ -287,7 +289,8 @@ class Sanitizer(Monitor):
         commands = tuple(self._commands)
         self._commands.clear()
         self._log.append(Came(self.counts.checked, text, commands))
-        if not any(what.dropped or what.tables for what in commands):
+        useful, self._useful = self._useful, False
+        if not useful:
             self.counts.useless += 1
             if text in self.useless or len(self.useless) < MAX_USELESS:
                 self.useless[text] = self.useless.get(text, 0) + 1

@@ -237,10 +237,10 @@ class Endpoint(Device):
 
     def invalidate(self, pasid: int | None, first: int, last: int) -> list[TlbEntry]:
         """A device TLB invalidation; the entries dropped."""
-        if self.tlb is None:
-            return []
-        space = self.tlb.space(pasid)
-        return space.drop_all() if (first, last) == (0, 2**64 - 1) else space.drop(first, last)
+        dropped: list[TlbEntry] = []
+        for space in self.tlb.found(pasid) if self.tlb is not None else ():
+            dropped = space.drop_all() if (first, last) == (0, 2**64 - 1) else space.drop(first, last)
+        return dropped
 
 
 def _perm(access: int) -> int:

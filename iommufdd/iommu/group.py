@@ -231,7 +231,7 @@ class Iopf:
         """A page request from the device (iommu_report_device_fault): EINVAL when nobody handles it."""
         handle = self._find_handler(fault, pasid_valid=pasid_valid)
         if handle is None or not self._users:
-            self.responses.append((fault, IOMMU_PAGE_RESP_INVALID))
+            self._note(fault, IOMMU_PAGE_RESP_INVALID)
             raise EINVAL("no domain with a fault queue is attached")
         if not last:
             self._partial.append(fault)
@@ -242,10 +242,13 @@ class Iopf:
         handle.domain.iopf_handler(IopfGroup(handle, [*group, fault], self._respond))
 
     def _respond(self, group: IopfGroup, code: int) -> None:
-        self.responses.append((group.faults[-1], code))
-        del self.responses[:-64]
+        self._note(group.faults[-1], code)
         if self.answered is not None:
             self.answered(group, code)
+
+    def _note(self, fault: Fault, code: int) -> None:
+        self.responses.append((fault, code))
+        del self.responses[:-64]
 
     def _find_handler(self, fault: Fault, *, pasid_valid: bool) -> AttachHandle | None:
         """find_fault_handler(): a PASID nobody attached belongs to the user's table behind a nested RID."""

@@ -36,6 +36,13 @@ class Invalidation:
         self.dropped: list[TlbEntry] = []
         self.tables = 0  # entries of the paging-structure cache dropped
 
+    def bare(self) -> Invalidation:
+        """A copy to be kept: without the entries dropped, which keep the memory that they led to."""
+        copy = Invalidation(self.cache, self.granularity, self.tag, self.first, self.last, leaf=self.leaf,
+                            user=self.user, command=self.command)  # fmt: skip
+        copy.tables = self.tables
+        return copy
+
     def __str__(self) -> str:
         where = f" {self.first:#x}..{self.last:#x}" if self.granularity == "page" else ""
         command = f" ({self.command})" if self.command else ""

@@ -127,11 +127,11 @@ class CommandQueue:
     def _nh_asid(self, command: Tlbi, user: bool) -> None:
         tag = command.vmid, command.asid
         what = Invalidation("IOTLB", "ASID", tag, user=user, command="CMD_TLBI_NH_ASID")
-        self._drop_spaces(what, [self.iotlb.space(tag)])
+        self._drop_spaces(what, self.iotlb.found(tag))
 
     def _nh_va(self, command: Tlbi, user: bool) -> None:
         tag = command.vmid, command.asid
-        self._drop_range("CMD_TLBI_NH_VA", tag, [self.iotlb.space(tag)], command, user)
+        self._drop_range("CMD_TLBI_NH_VA", tag, self.iotlb.found(tag), command, user)
 
     def _nh_vaa(self, command: Tlbi, user: bool) -> None:
         spaces = self._spaces(lambda vmid, asid: vmid == command.vmid and asid >= 0)

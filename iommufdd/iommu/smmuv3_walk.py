@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufd_uapi.smmuv3 import Cd, Ste
+from iommufdd.errors import IommufdError
 
 from . import lpae
 from .tlb import Space, TlbEntry
@@ -123,7 +124,7 @@ class Stage2:
     def read(self, ipa: int, length: int) -> bytes | None:
         """Bytes of a context structure; None when there is no such memory. TranslationFault of stage 2."""
         page = self.page(ipa, READ, During.CONTEXT)
-        data = page.file.pread(page.pos + ipa - page.first, length)
+        data = _pread(page.file, page.pos + ipa - page.first, length)
         return data if len(data) == length else None
 
     def fetch(self, ipa: int) -> int:
@@ -144,7 +145,10 @@ class Stage2:
         if page.view is not None:
             _entry_at.pack_into(page.view, pos, new)
         else:
-            page.file.pwrite(pos, new.to_bytes(8, "little"))
+            try:
+                page.file.pwrite(pos, new.to_bytes(8, "little"))
+            except IommufdError:
+                raise TranslationFault(Why.UNREADABLE, stage=1, level=0, addr=ipa) from None
 
 
 class Walk:
@@ -274,11 +278,18 @@ def from_extent(extent: Extent, rights: int) -> TlbEntry:
     return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
 
 
+def _pread(file: PageFile, pos: int, length: int) -> bytes:
+    try:
+        return file.pread(pos, length)
+    except IommufdError:  # private memory of a process that has ended
+        return b""
+
+
 def _entry(view: memoryview | None, file: PageFile, pos: int, ipa: int) -> int:
     if view is not None:
         value: int = _entry_at.unpack_from(view, pos)[0]
         return value
-    data = file.pread(pos, 8)
+    data = _pread(file, pos, 8)
     if len(data) < 8:
         raise TranslationFault(Why.UNREADABLE, stage=1, level=0, addr=ipa)
     return int.from_bytes(data, "little")

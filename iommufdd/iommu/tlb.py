@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _first = attrgetter("first")
+ALIASES = 1024  # pages by which a large entry is found at once
 
 
 class TlbEntry:
@@ -56,6 +57,13 @@ class TlbEntry:
         """The entries of guest tables it was made from, top first."""
         return tuple(map(Step._make, self.raw_steps))
 
+    def forget_aliases(self) -> None:
+        """Let it be found by its range alone."""
+        assert self.space is not None
+        for page in self.aliases:
+            del self.space.hot[page]
+        self.aliases.clear()
+
     def same_as(self, other: TlbEntry) -> bool:
         """Both give the same byte for every input they share."""
         return self.file is other.file and self.pos - self.first == other.pos - other.first
@@ -80,7 +88,10 @@ class Space:
         if entry is None and self.large:
             at = bisect_right(self.large, iova, key=_first) - 1
             if at >= 0 and iova <= self.large[at].last:
-                entry = self.hot[page] = self.large[at]
+                entry = self.large[at]
+                if len(entry.aliases) >= ALIASES:
+                    entry.forget_aliases()
+                self.hot[page] = entry
                 entry.aliases.append(page)
         return entry
 
@@ -145,8 +156,11 @@ class Space:
         return len(gone)
 
     def keep_table(self, level: int, prefix: int, start: object) -> None:
-        """Remember where a walk of this prefix may begin; nothing in mode off."""
+        """Remember where a walk of this prefix may begin, in the place of the oldest when full; nothing in mode off."""
         if self.tlb.keeps:
+            capacity = self.tlb.capacity
+            if capacity and len(self.tables) >= capacity and (level, prefix) not in self.tables:
+                del self.tables[next(iter(self.tables))]
             self.tables[level, prefix] = start
 
 
@@ -172,6 +186,11 @@ class Tlb:
             found = self.spaces[tag] = Space(self, tag)
         return found
 
+    def found(self, tag: Hashable) -> list[Space]:
+        """The space of a tag if there is one: an invalidation makes none."""
+        found = self.spaces.get(tag)
+        return [] if found is None else [found]
+
     def add(self, entry: TlbEntry) -> None:
         if self.capacity and len(self._all) >= self.capacity:
             self.remove(self._all[self._random.randrange(len(self._all))])
@@ -182,9 +201,7 @@ class Tlb:
     def remove(self, entry: TlbEntry) -> None:
         space = entry.space
         assert space is not None
-        for page in entry.aliases:
-            del space.hot[page]
-        entry.aliases.clear()
+        entry.forget_aliases()
         if entry.last - entry.first >= 4096:
             at = bisect_right(space.large, entry.first, key=_first) - 1
             del space.large[at]

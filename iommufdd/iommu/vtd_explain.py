@@ -32,7 +32,7 @@ def explain(hw: VtdHardware, dev: Endpoint, pasid: int | None, iova: int, access
         entry = hw.walk_fresh(dev, pasid, iova, access)
         steps = entry.steps
     except TranslationFault as refused:
-        fault, steps = refused, refused.steps
+        fault, steps = refused.bare(), refused.steps
     try:
         context: Context | None = hw.decode(dev, pasid)
     except TranslationFault:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EVERYTHING = 0, 2**64 - 1
 FAULTS_KEPT = 256
+DECODED_KEPT = 4096
 
 
 class FaultRecord(NamedTuple):
@@ -132,7 +133,10 @@ class VtdHardware:
             raise _refusal(Reason.PASID_NOT_PRESENT)
         if reserved(words):
             raise _refusal(Reason.PASID_RESERVED)
-        context = self._decoded[number, words] = self._build(entry, number)
+        context = self._build(entry, number)
+        if len(self._decoded) >= DECODED_KEPT:
+            self._decoded.clear()
+        self._decoded[number, words] = context
         return context
 
     def _build(self, entry: PasidEntry, pasid: int) -> Context:
@@ -199,11 +203,11 @@ class VtdHardware:
         everything = (first, last) == EVERYTHING
         what = Invalidation("IOTLB", "PASID" if everything else "page", (did, pasid), first, last,
                             leaf=leaf and not everything, user=user)  # fmt: skip
-        space = self.iotlb.space((did, pasid))
-        what.tables = len(space.tables) if everything else 0
-        if everything:
-            what.dropped = space.drop_all()
-        else:
+        for space in self.iotlb.found((did, pasid)):
+            if everything:
+                what.tables = len(space.tables)
+                what.dropped = space.drop_all()
+                continue
             what.dropped = space.drop(first, last)
             if not leaf:
                 what.tables = space.drop_tables(first, last, _shift)
@@ -216,9 +220,9 @@ class VtdHardware:
             self.drop_domain(did)
             return
         what = Invalidation("IOTLB", "page", did, first, last)
-        space = self.iotlb.space((did, -1))
-        what.dropped = space.drop(first, last)
-        what.tables = space.drop_tables(first, last, _shift)
+        for space in self.iotlb.found((did, -1)):
+            what.dropped = space.drop(first, last)
+            what.tables = space.drop_tables(first, last, _shift)
         self._dropped(what)
 
     def drop_domain(self, did: int) -> None:

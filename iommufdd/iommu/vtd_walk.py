@@ -87,9 +87,13 @@ class Context:
             (PRIV, self.entry.sre, Why.NO_SUPERVISOR_REQUESTS, Reason.NO_SUPERVISOR_REQUESTS),
         ):
             if access & bit and not consent:
-                fault = TranslationFault(why, stage=0, level=0, addr=0)
-                fault.code = code
-                raise fault
+                raise _without_consent(why, code)
+
+
+def _without_consent(why: Why, code: Reason) -> TranslationFault:
+    fault = TranslationFault(why, stage=0, level=0, addr=0)
+    fault.code = code
+    return fault
 
 
 class Walk:

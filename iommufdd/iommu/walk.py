@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 # An access is an OR of these. A set of accesses is an int with bit `1 << access` for each member.
 READ = 1
@@ -76,6 +76,11 @@ class TranslationFault(Exception):
         self.addr = addr
         self.during = during
         super().__init__(why)
+
+    def bare(self) -> Self:
+        """To be kept: without the frames that it came through, which hold the memory they have walked."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
 
     def __str__(self) -> str:
         text = f"fault {self.code:#x}: {self.name}" if self.name else self.why.value

@@ -13,11 +13,11 @@ import trio
 
 from iommufd_uapi import admin
 from iommufd_uapi.events import KINDS, Filter
-from iommufdd.errors import EINVAL, EMFILE, IommufdError
+from iommufdd.errors import EINVAL, IommufdError
 
 from . import log
 from .census import counts, tree
-from .credentials import parse_caps, set_capabilities
+from .credentials import parse_caps, peer_of, set_capabilities
 from .endpoints import transfer, walk
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ async def _converse(server: Server, stream: trio.SocketStream, scope: trio.Cance
             scope.deadline = math.inf  # a DMA waits as long as it likes
             reply = await respond(server, stream.socket.fileno(), line)
             if isinstance(reply, admin.Tracing):
-                _follow(server, stream.socket.fileno(), line, reply)
-                return
+                refused = _follow(server, stream.socket.fileno(), line, reply)
+                if refused is None:
+                    return
+                reply = refused
             scope.deadline = trio.current_time() + PATIENCE
             await stream.send_all(admin.encode(reply))
             scope.deadline = trio.current_time() + PATIENCE
@@ -85,17 +87,19 @@ async def respond(server: Server, fd: int, line: bytes) -> admin.Reply:
     server.reactor.hang_ups()
     try:
         request = admin.decode_request(line)
-        return await transfer(server, fd, request) if isinstance(request, admin.Dma) else _answer(server, request)
+        return await transfer(server, fd, request) if isinstance(request, admin.Dma) else _answer(server, fd, request)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         return admin.Error(errno.EINVAL, str(error))
     except IommufdError as error:
         return admin.Error(error.errno, error.reason)
+    except OSError as error:
+        return _without_resources(error)
     except Exception as error:
         log.bug(error)
         return admin.Error(errno.EIO, "a bug in the daemon; its log has the traceback")
 
 
-def _answer(server: Server, request: Immediate) -> admin.Reply:
+def _answer(server: Server, fd: int, request: Immediate) -> admin.Reply:
     match request:
         case admin.Show():
             return tree(server)
@@ -108,7 +112,7 @@ def _answer(server: Server, request: Immediate) -> admin.Reply:
         case admin.Walk():
             return walk(server, request)
         case admin.Trace():
-            return _trace(server, request)
+            return _trace(server, fd, request)
         case admin.Sanitize():
             from .sanitize import findings
 
@@ -144,24 +148,45 @@ def _fault(server: Server, request: admin.Fault) -> admin.Reply:
     return admin.Gates([admin.Gate(gate.nth, gate.fired.name if gate.fired else None) for gate in gates])
 
 
-def _trace(server: Server, request: admin.Trace) -> admin.Reply:
-    from .trace import MAX_READERS, now
+def _trace(server: Server, fd: int, request: admin.Trace) -> admin.Reply:
+    from .trace import now
 
     if unknown := sorted(set(request.only) - KINDS.keys()):
         raise EINVAL(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
-    if len(server.trace.readers) >= MAX_READERS:
-        raise EMFILE(f"{MAX_READERS} readers follow the trace already")
+    server.trace.check(_uid(fd))
     return admin.Tracing(now())
 
 
-def _follow(server: Server, fd: int, line: bytes, reply: admin.Tracing) -> None:
+def _follow(server: Server, fd: int, line: bytes, reply: admin.Tracing) -> admin.Error | None:
     """From here on the connection is the reactor's: no task has to wait for a reader that does not read."""
     from .trace import Reader
 
     request = admin.decode_request(line)
     assert isinstance(request, admin.Trace)
     chosen = Filter(frozenset(request.pids), request.machine, frozenset(request.only), request.failed)
-    sock = socket.socket(fileno=os.dup(fd))
-    Reader(
-        server.trace, server.reactor, sock, lambda event, _: chosen(event), admin.encode, first=admin.encode(reply)
-    )
+    try:
+        sock = socket.socket(fileno=os.dup(fd))
+        try:
+            Reader(server.trace, server.reactor, sock, lambda event, _: chosen(event), admin.encode, uid=_uid(fd),
+                   first=admin.encode(reply))  # fmt: skip
+        except BaseException:
+            sock.close()
+            raise
+    except IommufdError as error:
+        return admin.Error(error.errno, error.reason)
+    except OSError as error:
+        return _without_resources(error)
+    return None
+
+
+def _without_resources(error: OSError) -> admin.Error:
+    """The kernel refuses the daemon something: a descriptor, a watch. Anything else is a bug."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM):
+        log.bug(error)
+    return admin.Error(error.errno or errno.EIO, f"the daemon cannot: {error.strerror}")
+
+
+def _uid(fd: int) -> int:
+    """Who asks."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return peer_of(sock).uid

@@ -46,9 +46,14 @@ def find(server: Server, name: str, device: str) -> tuple[Instance, Endpoint]:
 
 
 def _named(server: Server, name: str) -> list[Instance]:
-    """The instance of a name, else the one with a context of that inode."""
-    return [each for each in server.instances if each.machine.name == name] or [
-        each for each in server.instances if any(name == str(context.key[1]) for context in each.contexts)
+    """The instance of a name, and the one with a context of that inode.
+
+    A client that gives its machine the inode of another's context as a name must not have what was meant for that.
+    """
+    return [
+        each
+        for each in server.instances
+        if each.machine.name == name or any(name == str(context.key[1]) for context in each.contexts)
     ]
 
 
@@ -82,11 +87,13 @@ async def transfer(server: Server, fd: int, request: admin.Dma) -> admin.Reply:
     dma = _new(dev, request, over)
     dev.dma(dma)
     if not over.is_set():
-        hang_up = HangUp(server, fd, lambda: dma.cancel("whoever asked for it is gone"))
         try:
-            await over.wait()
+            hang_up = HangUp(server, fd, lambda: dma.cancel("whoever asked for it is gone"))
+            try:
+                await over.wait()
+            finally:
+                hang_up.end()
         finally:
-            hang_up.end()
             dma.cancel("the daemon stops")
     data = bytes(dma.data[: dma.done]) if dma.op is Op.READ else b""
     if dma.fault is None or not dma.error:

@@ -15,14 +15,15 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import TYPE_CHECKING
+import weakref
 
 from iommufd_uapi.wire import MAX_SCRATCH
 from iommufdd.errors import EINVAL, EMFILE, IommufdError
 from iommufdd.user import PAGE_SIZE, File, PageFile
 
-if TYPE_CHECKING:
-    from .nofile import Nofile
+from .nofile import Nofile
+
+MAPPED = 1 << 45  # bytes of client files: a quarter of what a process on x86-64 has
 
 
 class OtherFile(File):
@@ -49,9 +50,7 @@ class SharedFile(PageFile):
         return os.readlink(f"/proc/self/fd/{self.fd}").removesuffix(" (deleted)").replace("/memfd:", "memfd:", 1)
 
     def release(self) -> None:
-        if self._map is not None:
-            self._map = self._view = None  # closed with the last view of it
-            self.files.nofile.uncharge(self.uid)
+        self._map = self._view = None
         self.files.forget(self)
         os.close(self.fd)
 
@@ -93,22 +92,10 @@ class SharedFile(PageFile):
         """The whole file mapped, where that is safe and possible; anew when the file has grown past `end`."""
         if self.compound or not self.seals & fcntl.F_SEAL_SHRINK:
             return None
-        if self._map is None or (end > len(self._map) and self._map.size() > len(self._map)):
-            self._remap()
+        if self._map is None or (end > len(self._map) and self.size() > len(self._map)):
+            self._map = self._view = None
+            self._map = self.files.map(self)
         return self._map
-
-    def _remap(self) -> None:
-        access = mmap.ACCESS_WRITE if self.writable else mmap.ACCESS_READ
-        try:
-            if self._map is None:
-                self.files.nofile.charge(self.uid)  # an mmap object keeps a descriptor of its own
-            self._view = None  # the old mapping goes with its last view
-            self._map = mmap.mmap(self.fd, 0, access=access)
-        except IommufdError:
-            return
-        except (OSError, ValueError):  # empty, larger than the address space, or sealed against writing
-            self.files.nofile.uncharge(self.uid)
-            self._map = None
 
 
 class PrivateFile(PageFile):
@@ -146,6 +133,7 @@ class PageFiles:
 
     def __init__(self, nofile: Nofile) -> None:
         self.nofile = nofile
+        self._mapped = Nofile(MAPPED, "bytes of the daemon's address space")
         self._files: dict[FileKey, SharedFile] = {}
         self._staging = -1
 
@@ -184,6 +172,35 @@ class PageFiles:
     def forget(self, file: SharedFile) -> None:
         del self._files[file.key]
         self.nofile.uncharge(file.uid)
+
+    def map(self, file: SharedFile) -> mmap.mmap | None:
+        """All of a file mapped; None when it cannot be, or when its uid has its share.
+
+        A mapping, and the descriptor that it keeps, are charged until the last view of it is gone: entries of IOMMU
+        caches have views, also of how the file was mapped before it grew.
+        """
+        access = mmap.ACCESS_WRITE if file.writable else mmap.ACCESS_READ
+        size = file.size()
+        try:
+            self.nofile.charge(file.uid)
+        except IommufdError:
+            return None
+        try:
+            self._mapped.charge(file.uid, size)
+        except IommufdError:
+            self.nofile.uncharge(file.uid)
+            return None
+        try:
+            mapped = mmap.mmap(file.fd, size, access=access)
+        except (OSError, ValueError, OverflowError):  # empty, no room, or sealed against writing
+            self._unmapped(file.uid, size)
+            return None
+        weakref.finalize(mapped, self._unmapped, file.uid, size).atexit = False
+        return mapped
+
+    def _unmapped(self, uid: int, size: int) -> None:
+        self._mapped.uncharge(uid, size)
+        self.nofile.uncharge(uid)
 
     def write_huge(self, fd: int, data: bytes, pos: int) -> int:
         """pwrite() for hugetlbfs, which has none: through a mapping that only the kernel touches.

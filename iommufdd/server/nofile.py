@@ -16,7 +16,9 @@ class Nofile:
     next one half of the rest, and there is always something left for one who comes anew.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, what: str = "the daemon's descriptors") -> None:
+        """what: is shared in this way, if it is something else."""
+        self.what = what
         self.limit = (raise_limit() if limit is None else limit) - SPARE
         self.total = 0
         self.taken: dict[int, int] = {}
@@ -25,7 +27,7 @@ class Nofile:
         """EMFILE when this uid has its share."""
         taken = self.taken.get(uid, 0)
         if taken + count > self.limit - self.total:
-            raise EMFILE(f"uid {uid} keeps {taken} of the daemon's {self.limit} descriptors, {self.total} are taken")
+            raise EMFILE(f"uid {uid} keeps {taken} of the {self.limit} {self.what}, {self.total} are taken")
         self.taken[uid] = taken + count
         self.total += count
 

@@ -6,6 +6,7 @@ gone is forgotten. While nobody follows, this module is not even imported.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 RING = 4096  # events that a reader may be behind
 CHUNK = 64  # events in one send
-MAX_READERS = 8
+MAX_READERS = 8  # of one uid
 LONGEST_READ = 1024  # bytes of a queue's records that are looked at
 COMM_LIFE = 100_000  # us for which the name of a process is believed
 MANY_COMMS = 256
@@ -102,15 +103,21 @@ class Trace:
         self._comms: dict[int, tuple[int, str]] = {}
 
     def add(self, reader: Reader) -> None:
-        """EMFILE when there are too many."""
-        if len(self.readers) >= MAX_READERS:
-            raise EMFILE(f"{MAX_READERS} readers follow the trace already")
+        """EMFILE when its uid has too many, or its share of descriptors."""
+        self.check(reader.uid)
+        self._instances.nofile.charge(reader.uid)
         if not self.readers:
             self._instances.listen(self)
         self.readers.append(reader)
 
+    def check(self, uid: int) -> None:
+        """EMFILE when a uid has as many readers as it may have."""
+        if sum(reader.uid == uid for reader in self.readers) >= MAX_READERS:
+            raise EMFILE(f"{MAX_READERS} readers of uid {uid} follow the trace already")
+
     def remove(self, reader: Reader) -> None:
         self.readers.remove(reader)
+        self._instances.nofile.uncharge(reader.uid)
         if not self.readers:
             self._instances.listen(None)
 
@@ -238,11 +245,13 @@ class Reader:
         wants: Callable[[Event, Source], bool],
         encode: Callable[[Event], bytes],
         *,
+        uid: int,
         first: bytes = b"",
         closed: Callable[[], None] | None = None,
     ) -> None:
         """Takes over `sock`. `first` comes before all events; `closed` is called when it is all over. EMFILE."""
         self.wants = wants
+        self.uid = uid
         self.ending = False
         self._trace = trace
         self._reactor = reactor
@@ -255,7 +264,11 @@ class Reader:
         self._armed = bool(first)
         sock.setblocking(False)
         trace.add(self)
-        reactor.register(sock.fileno(), self, IDLE | select.EPOLLOUT * self._armed)
+        try:
+            reactor.register(sock.fileno(), self, IDLE | select.EPOLLOUT * self._armed)
+        except OSError:  # fs.epoll.max_user_watches
+            trace.remove(self)
+            raise
 
     def put(self, event: Event) -> None:
         """Keep an event until it can be sent; or count it as lost."""
@@ -325,7 +338,7 @@ class Reader:
         self._lost = 0
 
 
-def follow_owner(server: Server, machine: Machine, owner: object, sock: socket.socket) -> Reader | None:
+def follow_owner(server: Server, machine: Machine, owner: object, uid: int, sock: socket.socket) -> Reader | None:
     """Text for who runs processes: their calls, and the hardware of their machine. None when too many follow."""
     since, usual = now(), Filter()
 
@@ -337,8 +350,9 @@ def follow_owner(server: Server, machine: Machine, owner: object, sock: socket.s
         return line(event, since).encode() + b"\n"
 
     try:
-        return Reader(server.trace, server.reactor, sock, wants, encode, closed=server.channel_closed)
-    except EMFILE as error:
-        with sock:
-            sock.send(f"no trace: {error.reason}\n".encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        return Reader(server.trace, server.reactor, sock, wants, encode, uid=uid, closed=server.channel_closed)
+    except (EMFILE, OSError) as error:
+        why = error.reason if isinstance(error, EMFILE) else error.strerror
+        with sock, contextlib.suppress(OSError):  # a reader that has gone already
+            sock.send(f"no trace: {why}\n".encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         return None

@@ -194,8 +194,8 @@ _TLB = [
      "        return entry"),
     ("mode off keeps", "self.keeps = caches.mode != \"off\"\n        self.capacity",
      "self.keeps = True\n        self.capacity"),
-    ("mode off keeps tables", "        if self.tlb.keeps:\n            self.tables[level",
-     "        if True:\n            self.tables[level"),
+    ("mode off keeps tables", "        if self.tlb.keeps:\n            capacity",
+     "        if True:\n            capacity"),
     ("mode off keeps PASID entries", "self.keeps = caches.mode != \"off\"\n        self.entries",
      "self.keeps = True\n        self.entries"),
     ("the last page of a range stays", "lo, hi = first >> 12, last >> 12", "lo, hi = first >> 12, (last >> 12) - 1"),
@@ -216,8 +216,8 @@ _TLB = [
      "]\n        return [self.entries"),
     ("a PASID-cache invalidation drops nothing", "if wanted(key, context)]\n        return [self.entries",
      "if False]\n        return [self.entries"),
-    ("spaces of different tags are one", "found = self.spaces.get(tag)",
-     "found = next(iter(self.spaces.values()), None)"),
+    ("spaces of different tags are one", "found = self.spaces.get(tag)\n        if found is None:",
+     "found = next(iter(self.spaces.values()), None)\n        if found is None:"),
 ]  # fmt: skip
 MUTANTS = [
     Mutant(module, *change)

@@ -11,9 +11,10 @@ import pytest
 
 from iommufdd.finding import Outcome
 from iommufdd.iommu.dma import Op, State
-from iommufdd.sanitizer import MAX_PENDING, MAX_REPORTED, MAX_SHOWN, Mode
+from iommufdd.sanitizer import MAX_PENDING, MAX_REPORTED, MAX_SHOWN, Mode, Sanitizer
 from tests.core.harness import FAULT, PASID
 
+from .lab import Lab
 from .right import RIGHT, Right, must_be_left_alone
 from .vmm import IOVA, LEAF, M2, A, B, C, Vmm, forgetful, fresh_table
 from .wrong import WRONG, Said, must_be_told
@@ -209,3 +210,24 @@ def test_another_devices_end_decides_nothing() -> None:
 def test_there_are_twenty() -> None:
     assert len(WRONG) >= 20
     assert len(RIGHT) >= 20
+
+
+def test_a_stale_page_in_the_midst_of_a_stretch_fails_the_dma() -> None:
+    """A large translation is kept; of the pages that memory has now, one that is not the first is another."""
+    lab = Lab()
+    idev = lab.device()
+    hwpt, _, table = lab.guest(idev)
+    lab.attach(idev, hwpt)
+    sanitizer = Sanitizer(Mode.FAIL)
+    sanitizer.watch(lab.iommu)
+    large = 2 << 20
+    table.map(large, large, level=2)
+    lab.read(idev, large)
+    table.set(table.slot(large, 2), 0)
+    for page in range(4):
+        table.map(large + page * 4096, large + (page if page != 2 else 9) * 4096)
+    lab.read(idev, large, 4 * 4096)
+    sanitizer.settle()
+    dma = lab.dma(idev, Op.READ, large, 4 * 4096)
+    assert (dma.run(), dma.done) == (State.FAILED, 0)
+    assert "never flushed: dev1, no PASID, read at iova 0x202000" in dma.error

@@ -202,6 +202,21 @@ def refused(call: Callable[[], object]) -> tuple[int, str]:
     return caught.value.errno, caught.value.reason
 
 
+def test_a_machine_named_after_the_context_of_another_gets_nothing(served: Served, guest: Guest) -> None:
+    """What is meant for a context by its inode must not go to who calls his machine so."""
+    inode = os.fstat(guest.iommufd.identity.fileno()).st_ino
+    with Guest(served, machine=f"{inode}@vtd") as other, served.admin() as connection:
+        for each in (guest, other):
+            each.table.map(IOVA, 0x5000)
+        with pytest.raises(IommufdOSError) as caught:
+            connection.endpoint("vfio0", guest.iommufd).write(IOVA, b"secret")
+        assert caught.value.errno == errno.EINVAL
+        assert other.ram.read(0x5000, 6) == bytes(6)
+        assert guest.ram.read(0x5000, 6) == bytes(6)
+    with served.admin() as connection:
+        connection.endpoint("vfio0", guest.iommufd).write(IOVA, b"secret")
+
+
 def test_names(served: Served) -> None:
     with served.admin() as connection:
         assert refused(lambda: connection.walk("vfio0", 0)) == (errno.ENOENT, "nothing is open")

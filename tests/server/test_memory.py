@@ -197,3 +197,47 @@ def test_hugetlb(files: PageFiles) -> None:
     assert file.pread(5000, 1) == b""
     file.put()
     os.close(fd)
+
+
+def test_a_mapping_counts_until_its_last_view_is_gone(files: PageFiles) -> None:
+    """A file that grows is mapped anew, and an IOMMU's cache may have views of how it was before."""
+    fd = memfd(PAGE, seals=fcntl.F_SEAL_SHRINK)
+    file = shared(files, fd, UID)
+    views = []
+    for pages in range(1, 6):
+        os.ftruncate(fd, pages * PAGE)
+        views.append(file.view(pages * PAGE))
+    assert files.nofile.taken == {UID: 6}
+    file.put()
+    assert files.nofile.taken == {UID: 5}
+    views.clear()
+    os.close(fd)
+
+
+def test_what_is_not_mapped_for_want_of_descriptors_is_read_all_the_same(files: PageFiles) -> None:
+    fd = memfd(PAGE, seals=fcntl.F_SEAL_SHRINK)
+    file = shared(files, fd, UID)
+    view = file.view(PAGE)
+    os.ftruncate(fd, 2 * PAGE)
+    os.pwrite(fd, b"behind", PAGE)
+    files.nofile.charge(UID, files.nofile.limit // 2 - 2)
+    assert file.view(2 * PAGE) is None
+    assert file.pread(PAGE - 2, 8) == b"\0\0behind"
+    assert file.pwrite(2 * PAGE - 1, b"xy") == 1
+    files.nofile.uncharge(UID, files.nofile.limit // 2 - 2)
+    del view
+    file.put()
+    os.close(fd)
+
+
+def test_one_uid_does_not_fill_the_address_space(files: PageFiles) -> None:
+    """Files that are nothing but holes, and larger than all that can be mapped."""
+    fds = [memfd(1 << 44), memfd(1 << 44), memfd(PAGE)]
+    opened = [shared(files, fd, uid) for fd, uid in zip(fds, (UID, UID, UID + 1), strict=True)]
+    views = [file.view(PAGE) for file in opened]
+    assert [view is not None for view in views] == [True, False, True]
+    assert opened[1].pread((1 << 44) - 4, 4) == bytes(4)
+    views.clear()
+    for file in opened:
+        file.put()
+    close_all(fds)

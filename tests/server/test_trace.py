@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from iommufd_uapi import admin, decode, events, iommufd, iommufd_test, wire
+from iommufdd.errors import EMFILE
 from iommufdd.machine_file import Machines
 from iommufdd.server import trace
 from iommufdd.server.instance import Instances
@@ -37,6 +38,8 @@ SNAPSHOT = Path(__file__).with_name("traced.txt")
 class Kept:
     """A reader that keeps all."""
 
+    uid = 0
+
     def __init__(self) -> None:
         self.events: list[events.Event] = []
         self.ending = False
@@ -50,7 +53,7 @@ class Kept:
 
 def traced(c: Client) -> tuple[trace.Trace, Kept]:
     """All that happens on a client's machine from now on."""
-    instances, kept = Instances(new_machine, Machines(), Nofile(0)), Kept()
+    instances, kept = Instances(new_machine, Machines(), Nofile(1024)), Kept()
     instances._built.add(c.world.machine)
     follower = trace.Trace(instances)
     follower.add(cast("trace.Reader", kept))
@@ -124,15 +127,21 @@ def test_a_bug_of_the_trace_is_not_the_answer(
 class Follower:
     """One who follows a server in this process, through a socket."""
 
-    def __init__(self, local: Local, **chosen: Any) -> None:
+    def __init__(self, local: Local, uid: int = 0, **chosen: Any) -> None:
         self.local = local
         self.sock, theirs = socket.socketpair()
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.sock.setblocking(False)
         wanted = events.Filter(**chosen)
-        self.reader = trace.Reader(
-            local.server.trace, local.server.reactor, theirs, lambda event, _: wanted(event), admin.encode
-        )
+        try:
+            self.reader = trace.Reader(
+                local.server.trace, local.server.reactor, theirs, lambda event, _: wanted(event), admin.encode,
+                uid=uid,
+            )  # fmt: skip
+        except BaseException:
+            self.sock.close()
+            theirs.close()
+            raise
 
     def read(self) -> list[events.AnyEvent]:
         """All that is to come."""
@@ -369,6 +378,31 @@ def test_a_daemon_ends_though_somebody_follows(daemon: Daemon) -> None:
         daemon.connect().ioas()
         assert daemon.stop() == 0
         assert len(follower.file.read().splitlines()) <= 1
+
+
+def test_readers_of_one_uid_leave_room_for_those_of_another(local: Local) -> None:
+    before = local.server.nofile.total
+    followers = [Follower(local, uid=7) for _ in range(trace.MAX_READERS)]
+    with pytest.raises(EMFILE, match="8 readers of uid 7"):
+        Follower(local, uid=7)
+    followers.append(Follower(local, uid=8))
+    assert local.server.nofile.total == before + len(followers)
+    for follower in followers:
+        follower.reader.close()
+        follower.sock.close()
+    assert local.server.nofile.total == before
+
+
+def test_a_reader_that_cannot_be_watched_is_none(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "fs.epoll.max_user_watches")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local.server.reactor, "register", refuse)
+        with pytest.raises(OSError, match="max_user_watches"):
+            Follower(local)
+    assert not local.server.trace.readers
+    assert local.server.nofile.total == 0
 
 
 # ---- text --------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class Supervisor(Listener, Targets[Thread]):
         """Events of our processes, and of the hardware of their machine, as lines on a socket, which is taken over."""
         from iommufdd.server.trace import follow_owner
 
-        self._reader = follow_owner(self.server, self.machine, self, sock)
+        self._reader = follow_owner(self.server, self.machine, self, self.uid, sock)
 
     # ---- notifications ----
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
+    from iommufdd.doorbells import Polling
     from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
     from iommufdd.machine_file import Machines
@@ -41,6 +42,7 @@ class Instance:
         self.devices: set[OpenDevice] = set()
         self._users: set[object] = set()
         machine.dma.pumping = instances.pumping
+        machine.polling = instances.polling
 
     def keep(self, user: object) -> None:
         """`user` needs the machine. Its name leads here until the last user lets it go."""
@@ -109,6 +111,7 @@ class Instances:
         self.devices: set[OpenDevice] = set()
         self.named: dict[str, Instance] = {}
         self.pumping: Pumping | None = None  # of every machine's DMA
+        self.polling: Polling | None = None  # of what guests write without a trap
         self._new_machine = new_machine
         self._machines = machines
         self._built: weakref.WeakSet[Machine] = weakref.WeakSet()

@@ -301,7 +301,7 @@ def test_no_mutation_of_the_text_gives_a_traceback(data: st.DataObject) -> None:
 
 
 def test_the_built_in_machines() -> None:
-    assert built_in_names() == ["mock", "smmuv3", "vtd"]
+    assert built_in_names() == ["mock", "smmuv3", "tegra241", "vtd"]
     machines = Machines()
     assert machines.describe() is MOCK
     assert [device.name for device in machines.describe("vtd").device] == ["vfio0", "vfio1", "vfio2", "vfio3"]
@@ -314,11 +314,11 @@ def test_chosen_machines(tmp_path: Path) -> None:
     path = tmp_path / "lab.toml"
     path.write_text(GOOD)
     machines = Machines([str(path), "vtd", str(path)])
-    assert (machines.default, machines.names) == ("two", ["two", "mock", "smmuv3", "vtd"])
+    assert (machines.default, machines.names) == ("two", ["two", "mock", "smmuv3", "tegra241", "vtd"])
     assert machines.describe() == read(GOOD)
     assert Machines(["vtd", str(path)]).default == "vtd"
     assert Machines([str(path), "two"]).default == "two"
-    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, smmuv3, vtd"):
+    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, smmuv3, tegra241, vtd"):
         Machines([str(path)]).describe("other")
     with pytest.raises(ENOENT):
         Machines(["two"])

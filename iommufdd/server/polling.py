@@ -38,7 +38,7 @@ class Poller:
 
     async def run(self) -> None:
         """Until cancelled."""
-        quiet_at = 0.0
+        quiet_at = trio.current_time() + QUIET
         while True:
             if not self.watched:
                 self._wake = trio.Event()

@@ -46,7 +46,10 @@ class Doorbells:
 
     def remove(self, doorbell: Doorbell) -> None:
         """It need not be there."""
-        if self.watched.pop(doorbell, doorbell) is None and not self.watched and self._machine.polling is not None:
+        if doorbell not in self.watched:
+            return
+        del self.watched[doorbell]
+        if not self.watched and self._machine.polling is not None:
             self._machine.polling.forget(self)
 
     def poll(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from iommufd_uapi.smmuv3 import Cmd, Command, EventId, Op, Sync
@@ -87,6 +89,37 @@ def test_the_ioctls_own_invalidations_and_events_go_on() -> None:
     assert there.read() == b"new"
     assert there.lab.fault(there.idev, VA + 0x1000) == EventId.F_TRANSLATION
     assert there.lab.event(there.guest.fd)[2][4:8] == (0x77).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_guest_writes_the_hardware_goes_on(seed: int) -> None:
+    """Random commands, most with opcodes that are known, and random registers."""
+    rng = random.Random(seed)
+    lab = CmdqvLab()
+    idev = lab.device(ats=True)
+    guest = CmdqvGuest(lab, idev, vsid=0x77, eats=1)
+    guest.start()
+    guest.table.map(VA, PAGE)
+    queue = guest.queue(entries=64)
+    for _ in range(200):
+        lab.read(idev, VA, 3)
+        for at in range(0, 64 * 16, 16):
+            command = bytearray(rng.randbytes(16))
+            command[0] = rng.choice((Op.TLBI_NH_ASID, Op.TLBI_NH_VA, Op.ATC_INV, Op.SYNC, command[0]))
+            if rng.random() < 0.5:
+                command[4:8] = (0x77).to_bytes(4, "little")
+            guest.ram.write(queue.base + at, command)
+        queue.registers.write(rng.choice(list(Register)), rng.choice((0, 1, rng.getrandbits(32))))
+        queue.registers.write(Register.PROD, rng.getrandbits(32))
+        queue.vcmdq.poll()
+        queue.registers.acknowledge()
+        queue.registers.write(Register.CONFIG, VCMDQ_EN)
+        assert queue.vcmdq.poll() < 2 * 128 + 2
+    queue.guest.ram.write(queue.base, Cmd.sync().pack() * 64)
+    queue.registers.acknowledge()
+    queue.registers.write(Register.PROD, queue.cons)
+    queue.vcmdq.poll()
+    assert (queue.registers.read(Register.STATUS), queue.error) == (VCMDQ_EN, Cerror.NONE)
 
 
 # ---- the ring ----

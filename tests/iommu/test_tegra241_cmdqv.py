@@ -183,17 +183,19 @@ def test_a_queue_does_nothing_until_it_is_enabled() -> None:
     assert (queue.vcmdq.poll(), queue.cons, queue.registers.read(Register.STATUS)) == (2, 1, VCMDQ_EN)
 
 
-def test_a_disabled_queue_starts_where_cons_says(queue: Queue) -> None:
+@pytest.mark.parametrize("start", [0, 1, 3, 6])
+def test_a_disabled_queue_starts_where_cons_says(queue: Queue, start: int) -> None:
     queue.issue(Cmd.sync(), Cmd.sync())
     queue.registers.write(Register.CONFIG, 0)
     queue.put(Cmd.sync())
     assert (queue.vcmdq.poll(), queue.cons, queue.registers.read(Register.STATUS)) == (1, 2, 0)
-    queue.registers.write(Register.PROD, 0)
-    queue.registers.write(Register.CONS, 0)  # as the driver's reset
-    queue.prod = 0
+    queue.registers.write(Register.PROD, start)
+    queue.registers.write(Register.CONS, start)  # the driver's reset says 0
+    assert queue.vcmdq.poll() == 0
+    queue.prod = start
     queue.enable()
     assert queue.issue(Cmd.sync()) == 1
-    assert queue.cons == 1
+    assert queue.cons == start + 1
 
 
 def test_what_is_the_hardwares_cannot_be_written(queue: Queue) -> None:

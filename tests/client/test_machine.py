@@ -39,7 +39,7 @@ def test_list() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == ["mock", "smmuv3", "tegra241", "vtd"]
-    assert rows[2][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
+    assert rows[3][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
 
 
 def test_show(lab: Path) -> None:

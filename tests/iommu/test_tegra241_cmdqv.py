@@ -6,12 +6,15 @@ import random
 
 import pytest
 
+import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.smmuv3 import Cmd, Command, EventId, Op, Sync
 from iommufd_uapi.tegra241_cmdqv import VCMDQ_EN, Cerror, Register
+from iommufdd.veventq import Veventq
 
 from .cmdqv_lab import CmdqvGuest, CmdqvLab, Queue
 from .smmu_lab import Watch, master
 
+ERRORS = uapi.IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV
 VA, PAGE, OTHER = 0x7F12_3456_7000, 0x30_0000, 0x30_1000
 
 
@@ -108,7 +111,7 @@ def test_whatever_a_guest_writes_the_hardware_goes_on(seed: int) -> None:
             command[0] = rng.choice((Op.TLBI_NH_ASID, Op.TLBI_NH_VA, Op.ATC_INV, Op.SYNC, command[0]))
             if rng.random() < 0.5:
                 command[4:8] = (0x77).to_bytes(4, "little")
-            guest.ram.write(queue.base + at, command)
+            guest.ram.write(queue.base + at, bytes(command))
         queue.registers.write(rng.choice(list(Register)), rng.choice((0, 1, rng.getrandbits(32))))
         queue.registers.write(Register.PROD, rng.getrandbits(32))
         queue.vcmdq.poll()
@@ -302,6 +305,8 @@ def test_the_second_half_of_the_map() -> None:
 def test_errors_that_nobody_listens_to(queue: Queue) -> None:
     c, guest = queue.guest.lab.c, queue.guest
     c.fds.close(guest.errors)
+    (number,) = (obj.id for obj in c.ictx.objects if isinstance(obj, Veventq) and obj.event_type == ERRORS)
+    c.destroy(number)
     assert queue.issue(Cmd.cfgi_all()) == 1
     assert queue.error == Cerror.ILL
 

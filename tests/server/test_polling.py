@@ -120,7 +120,8 @@ async def test_turns(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     nursery.cancel_scope.cancel()
     done = [sum(before) - sum(after) for before, after in itertools.pairwise(turns)]
     assert max(done) <= 2 * COMMANDS  # two turns when Trio has swapped the order of its tasks in between
-    assert len({len(bell.looked) for bell in bells}) == 1
+    looks = [len(bell.looked) for bell in bells]
+    assert max(looks) - min(looks) <= 1  # it may end in the middle of a round
     assert len(set(bells[0].looked)) == 1  # without a pause
 
 

@@ -11,6 +11,7 @@ from iommufd_uapi.layout import Ioctl
 from . import eventq, hw_pagetable, ioas, iova_bitmap, selftest, veventq, vfio_compat, viommu
 from .change_process import ioas_change_process
 from .device import IommufdGroup, get_hw_info
+from .doorbells import Doorbells
 from .errors import EFAULT, EINVAL, ENOTTY
 from .mmap import MmapRegions, Vma
 from .objects import ObjectTable
@@ -88,6 +89,7 @@ class Context(IoctlFile):
         self.account_mode = Account.MM if container else Account.USER
         self.vfio_ioas: ioas.Ioas | None = None
         self.mmaps = MmapRegions()
+        self.doorbells = Doorbells(machine)
         self._groups: dict[IommuGroup, IommufdGroup] = {}
 
     def release(self) -> None:
@@ -96,6 +98,8 @@ class Context(IoctlFile):
 
     def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """iommufd_fops_ioctl(): the order of checks is ABI."""
+        if self.doorbells.watched:
+            self.doorbells.poll()
         op = _BY_CMD.get(cmd)
         if op is None:
             return self._unknown(caller, cmd, uptr)

@@ -94,6 +94,10 @@ class SmmuV3Iommu(Iommu, frozen=True, tag="smmuv3"):
     granules: tuple[Literal[4, 16, 64], ...] = (4, 16, 64)  # IDR5.GRAN4K, GRAN16K, GRAN64K: KiB
     oas: Literal[32, 36, 40, 42, 44, 48, 52] = 48  # IDR5.OAS: output address size in bits
     vax: Literal[48, 52] = 48  # IDR5.VAX: virtual address size in bits
+    cmdqv: bool = False  # a Tegra241 CMDQV beside it
+    vintfs_log2: Annotated[int, msgspec.Meta(ge=0, le=6)] = 6  # its PARAM.NUM_VINTF_LOG2; VINTF 0 is the host's
+    vcmdqs_log2: Annotated[int, msgspec.Meta(ge=0, le=7)] = 7  # its PARAM.NUM_VCMDQ_LOG2: of all VINTFs together
+    vintf_sids_log2: Annotated[int, msgspec.Meta(ge=0, le=4)] = 4  # its PARAM.NUM_SID_PER_VM_LOG2
     reserved: tuple[Reserved, ...] = (Reserved(start=0x0800_0000, last=0x080F_FFFF, kind="sw-msi"),)
 
 

@@ -12,6 +12,7 @@ from .user import User
 
 if TYPE_CHECKING:
     from .description import MachineDescription
+    from .doorbells import Polling
     from .iommu.ops import Device, IommuOps
     from .iommu.selftest_ops import SelftestIommu
     from .sanitizer import Sanitizer
@@ -32,6 +33,7 @@ class Machine:
         self.devices: dict[str, Device] = {}  # those described, by the name of their file in /dev/vfio/devices
         self.memory = HostMemory()
         self.dma = DmaQueue()  # what they do
+        self.polling: Polling | None = None  # who looks at what guests write without a trap
         self.sanitizer: Sanitizer | None = None
         self.temp_memory_limit = TEMP_MEMORY_LIMIT
         self._users: dict[int, User] = {}

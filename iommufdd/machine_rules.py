@@ -107,6 +107,10 @@ SMMUV3: tuple[Rule[SmmuV3Iommu], ...] = (
     Rule("granules", lambda it, facts: not it.granules, "no granule: nothing is translated"),
     Rule("granules", lambda it, facts: len(set(it.granules)) < len(it.granules), "a granule is there twice"),
     Rule("vax", lambda it, facts: it.vax == 52 and it.oas != 52, "needs oas = 52"),
+    Rule("vcmdqs-log2", lambda it, facts: it.vcmdqs_log2 < it.vintfs_log2, "fewer than one VCMDQ for each VINTF (vintfs-log2)"),
+    Rule("vintfs-log2", lambda it, facts: it.vintfs_log2 != 6 and not it.cmdqv, "needs cmdqv"),
+    Rule("vcmdqs-log2", lambda it, facts: it.vcmdqs_log2 != 7 and not it.cmdqv, "needs cmdqv"),
+    Rule("vintf-sids-log2", lambda it, facts: it.vintf_sids_log2 != 4 and not it.cmdqv, "needs cmdqv"),
 )
 MOCK: tuple[Rule[MockIommu], ...] = (
     Rule("reserved", lambda it, facts: bool(it.reserved), "the model mock has no reserved regions"),

@@ -90,6 +90,14 @@ class Viommu(NestingParent):
         """iommufd_viommu_destroy_mmap()"""
         self.ictx.mmaps.destroy(region)
 
+    def add_doorbell(self, doorbell: ops.Doorbell) -> None:
+        """Have it looked at, on every ioctl of this context too."""
+        self.ictx.doorbells.add(doorbell)
+
+    def remove_doorbell(self, doorbell: ops.Doorbell) -> None:
+        """It rings no more."""
+        self.ictx.doorbells.remove(doorbell)
+
 
 class Vdevice(IommufdObject):
     """struct iommufd_vdevice: a device of the guest; it holds the vIOMMU, and its device can revoke it."""
@@ -101,8 +109,11 @@ class Vdevice(IommufdObject):
         self.viommu = viommu
         self.idev = idev
         self.virt_id = virt_id
+        self.driver_destroy: Callable[[], None] | None = None
 
     def destroy(self) -> None:
+        if self.driver_destroy is not None:
+            self.driver_destroy()
         if self.viommu.vdevs.get(self.virt_id) is self:
             del self.viommu.vdevs[self.virt_id]
         self.idev.vdev = None
@@ -211,7 +222,7 @@ def vdevice_alloc(ucmd: Ucmd, cmd: uapi.VdeviceAlloc) -> None:
     if cmd.virt_id in viommu.vdevs:
         raise EEXIST(f"virt_id {cmd.virt_id:#x} is taken in {viommu}")
     if isinstance(viommu.driver, VdeviceViommu):
-        viommu.driver.vdevice_init(idev.dev, cmd.virt_id)
+        vdev.driver_destroy = viommu.driver.vdevice_init(idev.dev, cmd.virt_id)
     viommu.vdevs[cmd.virt_id] = vdev
     cmd.out_vdevice_id = vdev.id
     ucmd.respond(cmd)

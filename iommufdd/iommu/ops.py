@@ -274,6 +274,8 @@ class DirtyOps(Protocol):
 class ViommuPort(Protocol):
     """What a vIOMMU of the core offers its driver half (driver.c)."""
 
+    viommu_type: int
+
     def find_dev(self, virt_id: int) -> Device | None:
         """iommufd_viommu_find_dev()."""
         ...
@@ -292,6 +294,22 @@ class ViommuPort(Protocol):
 
     def destroy_mmap(self, region: MmapRegion) -> None:
         """iommufd_viommu_destroy_mmap()."""
+        ...
+
+    def add_doorbell(self, doorbell: Doorbell) -> None:
+        """Have it looked at: on every ioctl, and from time to time."""
+        ...
+
+    def remove_doorbell(self, doorbell: Doorbell) -> None:
+        """The guest cannot ring it any more."""
+        ...
+
+
+class Doorbell(Protocol):
+    """Registers that a guest writes without a trap: only looking tells."""
+
+    def poll(self, commands: int | None = None) -> int:
+        """Do what the guest has asked for, at most `commands` of it; how much that was, 0 for nothing."""
         ...
 
 
@@ -325,8 +343,8 @@ class NestingViommu(Protocol):
 class VdeviceViommu(Protocol):
     """A vIOMMU that has a say in which devices it takes."""
 
-    def vdevice_init(self, dev: Device, virt_id: int) -> None:
-        """vdevice_init(); the vDEVICE is not yet to be found."""
+    def vdevice_init(self, dev: Device, virt_id: int) -> Callable[[], None] | None:
+        """vdevice_init(); the vDEVICE is not yet to be found. Returns its destroy, if it needs one."""
         ...
 
 

@@ -14,6 +14,7 @@ from .smmuv3_hw import SmmuV3Hardware
 from .smmuv3_master import Master
 from .smmuv3_regs import RELAYED, TRANSLATION_RELATED
 from .smmuv3_viommu import Vsmmu
+from .tegra241_cmdqv import Cmdqv, Vintf
 from .walk import TranslationFault
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class SmmuV3(SmmuV3Hardware):
         self.reserved = description.reserved
         self.asids = Ids(description.asid_bits)
         self.vmids = Ids(description.vmid_bits)
+        self.cmdqv = Cmdqv(description) if description.cmdqv else None
         self.blocked_domain: Domain = SmmuBlocked(self)
         self.vendor_replace = False  # replay the driver's own stores
 
@@ -94,6 +96,8 @@ class SmmuV3(SmmuV3Hardware):
 
     def hw_info(self, dev: Device, info_type: int) -> tuple[int, bytes]:
         """arm_smmu_hw_info(): EOPNOTSUPP."""
+        if info_type == uapi.IOMMU_HW_INFO_TYPE_TEGRA241_CMDQV and self.cmdqv is not None:
+            return info_type, self.cmdqv.hw_info()
         if info_type not in (uapi.IOMMU_HW_INFO_TYPE_DEFAULT, uapi.IOMMU_HW_INFO_TYPE_ARM_SMMUV3):
             raise EOPNOTSUPP(f"hw_info type {info_type:#x} is not this SMMU's")
         info = uapi.HwInfoArmSmmuv3(idr=self.idr, aidr=self.aidr)
@@ -119,12 +123,17 @@ class SmmuV3(SmmuV3Hardware):
         """arm_smmu_get_viommu_size(): a guest's memory attributes must not reach behind the caches."""
         assert isinstance(dev, Master)
         coherent = dev.description.canwbs or self.description.s2fwb
-        return self.nests and coherent and viommu_type == uapi.IOMMU_VIOMMU_TYPE_ARM_SMMUV3
+        known = viommu_type == uapi.IOMMU_VIOMMU_TYPE_ARM_SMMUV3 or (
+            viommu_type == uapi.IOMMU_VIOMMU_TYPE_TEGRA241_CMDQV and self.cmdqv is not None
+        )
+        return self.nests and coherent and known
 
     def viommu_init(self, viommu: ViommuPort, parent: Domain, user_data: UserData | None) -> ViommuDriver:
-        """arm_vsmmu_init(): EINVAL."""
+        """arm_vsmmu_init(): EINVAL, and what a Vintf raises."""
         if not isinstance(parent, SmmuPaging) or parent.owner is not self:
             raise EINVAL("the parent was made for another SMMU")
+        if viommu.viommu_type == uapi.IOMMU_VIOMMU_TYPE_TEGRA241_CMDQV:
+            return Vintf(self, viommu, parent, user_data)
         return Vsmmu(self, viommu, parent)
 
     # ---- page requests and events ----

@@ -14,6 +14,8 @@ from .smmuv3_hw import master_of
 from .smmuv3_master import Master, Vmaster
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from iommufd_uapi.smmuv3 import AtcInv, Cfgi, Command, Tlbi
     from iommufdd.user_data import UserData, UserDataArray
 
@@ -45,10 +47,10 @@ class Vsmmu:
         arg = user_data.copy_struct(uapi.HwptArmSmmuv3, uapi.IOMMU_HWPT_DATA_ARM_SMMUV3, "ste")
         return SmmuNested(self, _valid_vste(arg.ste))
 
-    def vdevice_init(self, dev: Device, virt_id: int) -> None:
+    def vdevice_init(self, dev: Device, virt_id: int) -> Callable[[], None] | None:
         """arm_vsmmu_vdevice_init(): EOPNOTSUPP."""
-        if len(_master(dev).streams) != 1:
-            raise EOPNOTSUPP(f"{dev.name} has {len(_master(dev).streams)} streams, a vDEVICE has one")
+        one_stream(dev)
+        return None
 
     def cache_invalidate(self, array: UserDataArray) -> None:
         """arm_vsmmu_cache_invalidate(): EINVAL, E2BIG, EFAULT, EIO; all entries are copied before any work.
@@ -161,6 +163,12 @@ def _valid_vste(words: tuple[int, ...]) -> Ste:
     if vste.eats not in (Eats.ABT, Eats.TRANS):
         raise EIO(f"the STE has EATS {vste.eats}")
     return vste
+
+
+def one_stream(dev: Device) -> None:
+    """EOPNOTSUPP unless the device has one StreamID."""
+    if len(_master(dev).streams) != 1:
+        raise EOPNOTSUPP(f"{dev.name} has {len(_master(dev).streams)} streams, a vDEVICE has one")
 
 
 def _master(dev: Device) -> Master:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from iommufdd.description import MachineDescription
+    from iommufdd.doorbells import Polling
     from iommufdd.event_port import EventListener
     from iommufdd.iommu.dma import Pumping
     from iommufdd.machine import Machine
@@ -43,6 +44,7 @@ class Instance:
         self.vms: set[OpenVm] = set()
         self._users: set[object] = set()
         machine.dma.pumping = instances.pumping
+        machine.polling = instances.polling
 
     def keep(self, user: object) -> None:
         """`user` needs the machine. Its name leads here until the last user lets it go."""
@@ -112,6 +114,7 @@ class Instances:
         self.vms: set[OpenVm] = set()
         self.named: dict[str, Instance] = {}
         self.pumping: Pumping | None = None  # of every machine's DMA
+        self.polling: Polling | None = None  # of what guests write without a trap
         self._new_machine = new_machine
         self._machines = machines
         self._built: weakref.WeakSet[Machine] = weakref.WeakSet()

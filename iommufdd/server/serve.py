@@ -20,6 +20,7 @@ from .listener import Listener, SocketFile, adopt, is_listening, notify
 from .memory import PageFiles
 from .nofile import Nofile
 from .packet import TAIL
+from .polling import Poller
 from .pump import PATIENCE, Pump
 from .reactor import Reactor
 
@@ -73,6 +74,7 @@ class Server:
         self.reactor = Reactor(self.pipes, linger, spin)
         self.pump = Pump(self.reactor, lambda: [each.machine.dma for each in self.instances], patience)
         self.instances.pumping = self.pump
+        self.poller = self.instances.polling = Poller()
         self.channels: set[Channel] = set()
         self.supervisors: set[Supervisor | Session] = set()
         self._watch: Watch | None = None
@@ -116,7 +118,8 @@ class Server:
     @property
     def alone(self) -> bool:
         """One channel and nothing else to do: no descriptor is out whose end must be seen before its next packet."""
-        return len(self.channels) == 1 and not self.pipes.by_key and not self.reactor.working
+        waited_for = self.pipes.by_key or self.reactor.working or self.poller.watched
+        return len(self.channels) == 1 and not waited_for
 
     def channel_closed(self) -> None:
         """Or a supervisor, or a reader: when there is nobody left to serve, --terminate ends the daemon."""
@@ -151,6 +154,7 @@ async def run(server: Server, *, admin: socket.socket | None = None, terminate: 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.reactor.run)
             nursery.start_soon(server.pump.expire)
+            nursery.start_soon(server.poller.run)
             if admin is not None:
                 nursery.start_soon(serve_admin, server, admin)
             if terminate:

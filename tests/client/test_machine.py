@@ -38,8 +38,8 @@ def test_list() -> None:
     done = run("machine", "list")
     assert (done.returncode, done.stderr) == (0, "")
     rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["mock", "smmuv3", "vtd"]
-    assert rows[2][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
+    assert [row[0] for row in rows] == ["mock", "smmuv3", "tegra241", "vtd"]
+    assert rows[3][1] == "dmar0 (vtd); vfio0, vfio1, vfio2, vfio3"
 
 
 def test_show(lab: Path) -> None:
@@ -75,7 +75,7 @@ def test_check(lab: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (("show", "none"), 1, "iommufdctl machine: there is no machine 'none'; there are mock, smmuv3, vtd"),
+        (("show", "none"), 1, "iommufdctl machine: there is no machine 'none'; there are mock, smmuv3, tegra241, vtd"),
         (("show", "none.toml"), 1, "none.toml: No such file or directory"),
         ((), 2, "usage: iommufdctl machine"),
         (("look",), 2, "usage: iommufdctl machine"),
@@ -129,7 +129,7 @@ def test_the_daemons_machines(lab: Path) -> None:
         with daemon.open(machine="ci"), pytest.raises(IommufdOSError, match="'ci' is there, as 'lab'") as caught:
             daemon.open(machine="ci@vtd")
         assert caught.value.errno == errno.EEXIST
-        with pytest.raises(IommufdOSError, match="no machine 'x'; there are lab, mock, smmuv3, vtd"):
+        with pytest.raises(IommufdOSError, match="no machine 'x'; there are lab, mock, smmuv3, tegra241, vtd"):
             daemon.open(machine="@x")
 
 

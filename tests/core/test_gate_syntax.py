@@ -48,7 +48,10 @@ SITES: dict[str, dict[str, str]] = {
     "alloc_domain": {"hw_pagetable.finish_nested": GATED},
     "self._alloc_nested": {"mock_viommu.MockViommu.alloc_domain_nested": CALLER},
     "iommu.viommu_init": {"viommu.viommu_alloc": "behind the gate of its object"},
-    "core.alloc_mmap": {"mock_viommu.MockViommu._set_up_mmap": "Viommu.alloc_mmap() passes it"},
+    "core.alloc_mmap": {
+        "mock_viommu.MockViommu._set_up_mmap": "Viommu.alloc_mmap() passes it",
+        "tegra241_cmdqv.Vintf.__init__": "Viommu.alloc_mmap() passes it",
+    },
     "mmaps.alloc": {"viommu.Viommu.alloc_mmap": GATED},
     "AttachHandle": {"attach._attach_hw": GATED, "attach._replace_hw": GATED},
     "Area": {"io_pagetable.IoPagetable._insert_areas": GATED, "io_pagetable.IoPagetable._split": GATED},

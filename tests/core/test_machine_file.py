@@ -177,6 +177,10 @@ SMMU_SENSE = [
     (SMMUV3, 1, 'model = "smmuv3"', 'model = "smmuv3"\ngranules = []', "granules"),
     (SMMUV3, 2, 'model = "smmuv3"', 'model = "smmuv3"\ngranules = [4, 4]', "granules"),
     (SMMUV3, 3, 'model = "smmuv3"', 'model = "smmuv3"\nvax = 52', "vax"),
+    (SMMUV3, 4, 'model = "smmuv3"', 'model = "smmuv3"\ncmdqv = true\nvcmdqs-log2 = 5', "vcmdqs-log2"),
+    (SMMUV3, 5, 'model = "smmuv3"', 'model = "smmuv3"\nvintfs-log2 = 5', "vintfs-log2"),
+    (SMMUV3, 6, 'model = "smmuv3"', 'model = "smmuv3"\nvcmdqs-log2 = 6', "vcmdqs-log2"),
+    (SMMUV3, 7, 'model = "smmuv3"', 'model = "smmuv3"\nvintf-sids-log2 = 3', "vintf-sids-log2"),
     (DEVICE, 9, 'model = "smmuv3"', 'model = "smmuv3"\npage-requests = false', "pri ="),
     (DEVICE, 10, "# too", "\ncoherent = false", "coherent"),
     (DEVICE, 12, "# too", "\nstream-id = 0x10000", "stream-id"),
@@ -301,7 +305,7 @@ def test_no_mutation_of_the_text_gives_a_traceback(data: st.DataObject) -> None:
 
 
 def test_the_built_in_machines() -> None:
-    assert built_in_names() == ["mock", "smmuv3", "vtd"]
+    assert built_in_names() == ["mock", "smmuv3", "tegra241", "vtd"]
     machines = Machines()
     assert machines.describe() is MOCK
     assert [device.name for device in machines.describe("vtd").device] == ["vfio0", "vfio1", "vfio2", "vfio3"]
@@ -314,11 +318,11 @@ def test_chosen_machines(tmp_path: Path) -> None:
     path = tmp_path / "lab.toml"
     path.write_text(GOOD)
     machines = Machines([str(path), "vtd", str(path)])
-    assert (machines.default, machines.names) == ("two", ["two", "mock", "smmuv3", "vtd"])
+    assert (machines.default, machines.names) == ("two", ["two", "mock", "smmuv3", "tegra241", "vtd"])
     assert machines.describe() == read(GOOD)
     assert Machines(["vtd", str(path)]).default == "vtd"
     assert Machines([str(path), "two"]).default == "two"
-    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, smmuv3, vtd"):
+    with pytest.raises(ENOENT, match="there is no machine 'other'; there are two, mock, smmuv3, tegra241, vtd"):
         Machines([str(path)]).describe("other")
     with pytest.raises(ENOENT):
         Machines(["two"])

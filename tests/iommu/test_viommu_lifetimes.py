@@ -16,6 +16,7 @@ from iommufdd.user import File
 from tests.core.harness import NEST_PARENT, Client
 from tests.core.invariants import check
 
+from .cmdqv_lab import CmdqvLab
 from .smmu_lab import SmmuLab
 
 
@@ -84,8 +85,8 @@ class SmmuModel:
 
     absent = errno.EIO
 
-    def __init__(self) -> None:
-        self.lab = lab = SmmuLab()
+    def __init__(self, lab: SmmuLab | None = None) -> None:
+        self.lab = lab = lab or SmmuLab()
         self.c = lab.c
         self.ioas = lab.c.ioas_alloc()
         self.bound = [lab.device() for _ in range(2)]
@@ -119,7 +120,19 @@ class SmmuModel:
         return cmd.out_veventq_id, cmd.out_veventq_fd
 
 
-@pytest.fixture(params=[MockModel, SmmuModel])
+class CmdqvModel(SmmuModel):
+    """SMMUv3 with a Tegra241 CMDQV."""
+
+    def __init__(self) -> None:
+        super().__init__(CmdqvLab())
+
+    def veventq(self, viommu: int) -> tuple[int, int]:
+        cmd = uapi.VeventqAlloc(viommu_id=viommu, type=uapi.IOMMU_VEVENTQ_TYPE_TEGRA241_CMDQV, veventq_depth=4)
+        self.c.ioctl(cmd)
+        return cmd.out_veventq_id, cmd.out_veventq_fd
+
+
+@pytest.fixture(params=[MockModel, SmmuModel, CmdqvModel])
 def model(request: pytest.FixtureRequest) -> Model:
     made: Model = request.param()
     return made

@@ -52,7 +52,7 @@ def test_nothing_is_mounted_without_its_machine(mount: Mount, tmp_path: Path, da
         (0, "", good),
         (0, "", "ci@vtd", *socket),
         (1, f"{bad}:1: name: Expected `str`, got `int`", bad),
-        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, vtd", "@none", *socket),
+        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, tegra241, vtd", "@none", *socket),
         (2, f"start it with --machine {good}, and say --machine @NAME", good, *socket),
     ):
         result = mount("--machine", *options, "/dev/iommu", "--", "echo", "started")

@@ -34,9 +34,9 @@ def test_nothing_is_started_without_its_machine(run: Run, tmp_path: Path, daemon
     bad.write_text("name = 3\n")
     socket = ("--socket-path", daemon.socket_path)
     for status, said, *options in (
-        (1, "there is no machine 'none'; there are mock, smmuv3, vtd", "none"),
-        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, vtd", "@none"),
-        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, vtd", "@none", *socket),
+        (1, "there is no machine 'none'; there are mock, smmuv3, tegra241, vtd", "none"),
+        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, tegra241, vtd", "@none"),
+        (1, "the daemon refuses: there is no machine 'none'; there are mock, smmuv3, tegra241, vtd", "@none", *socket),
         (1, "the daemon refuses: 'vtd' is a machine: '@vtd' is a private one", "vtd", *socket),
         (1, f"{bad}:1: name: Expected `str`, got `int`", bad),
         (2, f"start it with --machine {bad}, and say --machine @NAME", bad, *socket),

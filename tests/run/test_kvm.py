@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from iommufd_client.endpoint import DmaError
+from iommufd_client.show import render
 from iommufd_client.testing import Daemon
 
 if TYPE_CHECKING:
@@ -129,6 +131,8 @@ def test_the_whole_story(start: Callable[..., Program]) -> None:
         endpoints = [each for instance in program.admin.show().instances for each in instance.endpoints]
         (device,) = (each for each in endpoints if each.attachments)
         assert (device.page_requests, device.failures) == (2, 0)
+        drawn = render(program.admin.show())
+        assert re.search(r"VM  of pid \d+  1 slot, 64 KiB  1 vCPU  table exported, 1 importer, 8 KiB mapped", drawn)
     with program.during("logged") as endpoint:
         endpoint.write(GPA + PAGE, b"dirty")
     with program.during("deleted") as endpoint:
@@ -216,7 +220,7 @@ def test_the_trace_names_it_all(run: Run, compiled: Path, tmp_path: Path) -> Non
     run("--machine", "vtd", "--kvm", "--trace", out, "--summary", "--", compiled / "kvm", "killed", stdin=None)
     text = out.read_text()
     for call in (
-        "KVM_GET_API_VERSION(kvm) = 12", "KVM_CREATE_VM(kvm, {arg=0}) = 9", "KVM_ENABLE_CAP(vm, {",
+        "KVM_GET_API_VERSION(kvm, {arg=0}) = 12", "KVM_CREATE_VM(kvm, {arg=0}) = 9", "KVM_ENABLE_CAP(vm, {",
         "KVM_CREATE_TDP_FD(vm, {", "data_type=IOMMU_HWPT_DATA_KVM",
     ):  # fmt: skip
         assert call in text, call

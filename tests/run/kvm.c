@@ -415,6 +415,35 @@ static void processes(void)
 	CHECK(create_tdp(vm, 0, 0, 0) >= 0);
 }
 
+// The files of a VMM outlive it, and its address space: first it becomes another program, then it is killed.
+static void orphans(void)
+{
+	int socks[2], gone[2], status;
+	char byte;
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, socks) == 0 && pipe2(gone, O_CLOEXEC) == 0);
+	pid_t pid = fork();
+	if (!pid) {
+		new_vm();
+		CHECK(slot(vm, 0, 0, GPA, SIZE, memory(MAP_SHARED | MAP_ANONYMOUS, -1)) == 0);
+		new_table();
+		share();
+		turn("shared");
+		send_fd(socks[1], device);
+		close(0);
+		close(1);
+		close(2);
+		execlp("sleep", "sleep", "60", (char *)NULL);
+		_exit(1);
+	}
+	CHECK(close(gone[1]) == 0);
+	device = receive_fd(socks[0]);
+	CHECK(read(gone[0], &byte, 1) == 0);
+	turn("another program");
+	CHECK(kill(pid, SIGKILL) == 0 && waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
+	iommufd = open("/dev/iommu", O_RDWR); // for the daemon to notice, at the latest
+	turn("killed");
+}
+
 static void killed(void)
 {
 	new_vm();
@@ -431,7 +460,8 @@ int main(int argc, char **argv)
 		const char *name;
 		void (*run)(void);
 	} ways[] = { { "story", story }, { "kinds", kinds },	 { "unmaps", unmaps },	     { "errors", errors },
-		     { "files", files }, { "closes", closes }, { "processes", processes }, { "killed", killed } };
+		     { "files", files }, { "closes", closes }, { "processes", processes },
+		     { "orphans", orphans }, { "killed", killed } };
 	for (unsigned i = 0; i < sizeof(ways) / sizeof(ways[0]); i++)
 		if (argc > 1 && !strcmp(argv[1], ways[i].name)) {
 			ways[i].run();

@@ -179,6 +179,18 @@ def test_memory_that_the_program_takes_back_is_out_of_reach(start: Callable[...,
         assert endpoint.read(GPA + 8, 3) == b"new"
 
 
+def test_a_table_outlives_the_memory_that_it_showed(start: Callable[..., Program]) -> None:
+    program = start("orphans")
+    with program.during("shared") as endpoint:
+        endpoint.write(GPA, b"there")
+    with program.during("another program") as endpoint:
+        refused(lambda: endpoint.read(GPA, 5), "is gone|FAILURE")
+        refused(lambda: endpoint.read(GPA + PAGE, 5), "FAILURE")
+    with program.during("killed") as endpoint:
+        refused(lambda: endpoint.read(GPA, 5), "FAILURE")
+        assert "table exported, 1 importer, 0 B mapped" in render(program.admin.show())
+
+
 @pytest.mark.parametrize("way", ["errors", "files", "closes", "processes"])
 @pytest.mark.parametrize("options", [(), ("--trace", os.devnull)], ids=["", "traced"])
 def test_a_program_finds_what_a_kernel_shows(start: Callable[..., Program], way: str, options: tuple[str, ...]) -> None:

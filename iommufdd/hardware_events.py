@@ -1,5 +1,5 @@
 """What the hardware of a machine does, told on its event port: DMA, faults, page requests, invalidations, switches,
-and what its sanitizer finds.
+entries that it reads as no CPU would, and what its sanitizer finds.
 
 A monitor listens to each IOMMU only while somebody listens to the port, so that the models pay nothing otherwise.
 """
@@ -89,6 +89,9 @@ class HardwareEvents(Monitor):
             self._iommu.name, what.cache, what.granularity, self._iommu.tag_words(what.tag), what.first, what.last,
             leaf=what.leaf, user=what.user, dropped=len(what.dropped), tables=what.tables,
         ))  # fmt: skip
+
+    def misread(self, domain: Domain, gpa: int, level: int, entry: int, why: str) -> None:
+        self._port.hardware(events.Misread(_name(domain), gpa, level, entry, why))
 
     def switched(self, switch: Switch) -> None:
         old, new, opens = _name(switch.old), _name(switch.new), switch.opens

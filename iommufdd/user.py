@@ -266,6 +266,13 @@ class Mm:
         """
         raise NotImplementedError
 
+    def faultin(self, addr: int, npages: int, *, write: bool) -> list[PageRun]:
+        """As resolve(), for who pins nothing and lets go when a notifier says so (kvm_faultin_pfn).
+
+        Where no notifier hears of changes, the pages are those that the addresses show whenever they are used.
+        """
+        return self.resolve(addr, npages, write=write)
+
 
 class User:
     """struct user_struct: what all processes of one uid have locked."""

@@ -34,6 +34,7 @@ FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signa
 LONGEST = 65_536
 OURS = "/memfd:iommufd"  # what /proc/PID/fd/N of the daemon's descriptors says
 PATHS = (b"/dev/iommu", b"/dev/vfio/vfio")
+KVM = b"/dev/kvm"
 PATIENCE = 30.0  # seconds for the daemon to say its last words
 EMPTY = bytes(seccomp.NOTIF.size)
 PR_SET_PDEATHSIG = 1
@@ -60,6 +61,7 @@ class Keeper:
     """One run of CMD."""
 
     farewell = "/dev/iommu answers ENODEV from now on"  # when the daemon is gone
+    kvm = False  # /dev/kvm was the daemon's too
     in_work: int | None = -errno.ENODEV  # the answer to the call it had in work; None: the kernel's
 
     def __init__(
@@ -242,7 +244,8 @@ class Keeper:
         if nr in (numbers.open, numbers.openat, numbers.openat2):
             with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
                 path = os.pread(memory.fileno(), 64, args[nr != numbers.open])
-            return path.partition(b"\0")[0] in PATHS
+            path = path.partition(b"\0")[0]
+            return path in PATHS or (path == KVM and self.kvm)
         fd = args[4 if nr == numbers.mmap else 0] & 0xFFFF_FFFF
         return os.readlink(f"/proc/{pid}/fd/{fd}").startswith(OURS)
 

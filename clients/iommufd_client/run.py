@@ -36,6 +36,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 HELLO = struct.Struct("<IHHIIQQ32s32s")  # struct iofd_hello (iommufd_uapi.wire, which takes long to import)
 MAGIC, VERSION, SUPERVISE = 0x4446_4F49, 1, 3
 EXPLAIN, SUMMARY, PROC, REACH, TRACE = 1, 2, 4, 32, 64
+KVM = 512
 SANITIZE = {"": 0, "report": 128, "fail": 128 | 256}
 
 BASE, ROOM = 900, 124  # the daemon's descriptors: from 900 on, or the last 124 numbers below a lower limit
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     fd_base: int = 0  # lowest number for descriptors that the daemon installs
     trace: str = ""  # a file for the events, "-" for stderr
     sanitize: str = ""  # "report", "fail"
+    kvm: bool = False  # /dev/kvm is the daemon's
 
 
 def run(options: Options) -> int:
@@ -122,6 +124,7 @@ def _keep(options: Options, numbers: seccomp.Syscalls, tell: int) -> int:
             raise
         ours.close()
         keeper = Keeper(connection, listener, page, child, numbers, front=tell, welcome=not waits, follower=follower)
+        keeper.kvm = options.kvm
         return keeper.run(last_words=options.explain or options.summary or bool(options.sanitize))
     except BaseException:
         connection.close()
@@ -183,7 +186,7 @@ def _hand_over(
 ) -> None:
     """The hello. RunError."""
     told = TRACE * bool(follower) | EXPLAIN * options.explain | SUMMARY * options.summary | SANITIZE[options.sanitize]
-    flags = told | PROC * options.proc | REACH
+    flags = told | PROC * options.proc | KVM * options.kvm | REACH
     hello = HELLO.pack(MAGIC, VERSION, SUPERVISE, flags, 0, base, 0, options.machine.name.encode(), b"")
     theirs = [follower.theirs.fileno()] if follower is not None else []
     rights = array.array("i", [listener, page, *_debug_folder(options), *theirs])

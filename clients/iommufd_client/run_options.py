@@ -37,6 +37,12 @@ callers:
   capabilities and limit that CMD starts with: uid=1000,gid=1000,caps=ipc_lock+sys_resource,memlock=65536
   or part of it; caps may be 'none'. What CMD changes itself (setuid, setrlimit) counts from then on.
 
+KVM:
+  --kvm shows a /dev/kvm with as much of KVM as the RFC "Sharing KVM TDP to IOMMU" needs: VMs with memory
+  slots, the dirty log, vCPUs that do not run, and KVM_CREATE_TDP_FD (0xc010aee4), whose descriptor goes to
+  IOMMU_HWPT_ALLOC with data type 0x4b564d00. Without --kvm the host's own /dev/kvm is left alone. KVM's
+  ioctls are taken on descriptor numbers from 900 on only.
+
 sanitizer:
   --sanitize compares what the IOMMU's caches give a device with what the page tables say, for every DMA.
   A guest's page table whose change must be followed by an invalidation that never came, or was the wrong
@@ -61,6 +67,7 @@ examples:
   iommufdctl run --trace - -- ./program             every call, as strace would print it
   iommufdctl run --caller uid=1000,caps=none,memlock=65536 -- ./my-test
   iommufdctl run --machine vtd -- ./my-vmm          a machine with an Intel VT-d
+  iommufdctl run --machine vtd --kvm -- ./my-vmm    the same, and VMs whose page tables its devices can walk
   iommufdctl run --socket-path ./s --machine pair -- ./a & iommufdctl run --socket-path ./s --machine pair -- ./b
 """
 
@@ -74,6 +81,9 @@ def add(command: Callable[[str, str, str, str], argparse.ArgumentParser]) -> Non
         "--proc",
         action="store_true",
         help="serve VmPin and VmLck of /proc/N/status, and fault injection; each fopen() for reading costs 15 us more",
+    )
+    parser.add_argument(
+        "--kvm", action="store_true", help="/dev/kvm too is the daemon's: VMs whose page tables a device can share"
     )
     parser.add_argument(
         "--fd-base",
@@ -122,6 +132,6 @@ def _start(args: argparse.Namespace) -> int:
     machine = launch_options.machine(args)
     options = Options(
         command, machine, args.socket_path, args.caller, args.explain, args.summary, args.proc, args.fd_base,
-        args.trace, args.sanitize,
+        args.trace, args.sanitize, args.kvm,
     )  # fmt: skip
     return run(options)

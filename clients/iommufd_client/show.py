@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from iommufd_uapi.admin import Attachment, Channel, Context, Device, Endpoint, Instance, Object, Process, Tree
+    from iommufd_uapi.admin import Attachment, Channel, Context, Device, Endpoint, Instance, Object, Process, Tree, Vm
 
     Paint = Callable[[str, str], str]
 
@@ -76,6 +76,7 @@ def _instance(instance: Instance, paint: Paint) -> Node:
     below = [_process(process, paint) for process in instance.processes]
     below += [_context(context, paint) for context in instance.contexts]
     below += [_device(device, paint) for device in instance.devices]
+    below += [_vm(vm, paint) for vm in instance.vms]
     below += [_endpoint(endpoint, paint) for endpoint in instance.endpoints]
     return Node("  ".join([paint(name, BOLD), *locked]), below)
 
@@ -84,6 +85,15 @@ def _device(device: Device, paint: Paint) -> Node:
     bound = f"bound as device {device.devid} to inode {device.context}" if device.context else "not bound"
     name = paint(f"/dev/vfio/devices/{device.name}", BOLD)
     return Node(f"{name}  {bound}", [_channel(channel, paint) for channel in device.channels])
+
+
+def _vm(vm: Vm, paint: Paint) -> Node:
+    facts = [paint("VM", BOLD), f"{several(vm.slots, 'slot')}, {amount(vm.memory)}", several(vm.vcpus, "vCPU")]
+    if vm.pid:
+        facts.insert(1, f"of pid {vm.pid}")
+    if vm.exported:
+        facts.append(f"table exported, {several(vm.importers, 'importer')}, {amount(vm.present)} mapped")
+    return Node("  ".join(facts), [_channel(channel, paint) for channel in vm.channels])
 
 
 def _process(process: Process, paint: Paint) -> Node:

@@ -32,6 +32,7 @@ a line of hardware, which has a process only if a call of one has caused it:
 
 words of --only, joined by commas (default: all but object); fault has page requests and responses too:
   ioctl queue dma fault invalidate replace stale object
+  fault is also page requests, and entries of a VM's table that a device reads as its CPU would not.
   stale is what the sanitizer finds (iommufdd --sanitize): DMA through what should have been flushed.
 
 a slow reader:

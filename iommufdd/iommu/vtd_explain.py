@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import vtdss
+from . import vtd_ept, vtdss
 from .explain import Explanation, Row, amount, rights, where
 from .vtd_pasid import FIRST, NESTED, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_walk import Kept
@@ -126,19 +126,21 @@ def _cached(
     used = context or fresh
     if used is not None:
         if used.entry.pgtt == NESTED:
-            yield from _kept(used, iova, steps)
+            yield from _kept(used, used.rules.levels, iova, steps)
+        elif used.ept is not None:
+            yield from _kept(used, used.entry.aw + 2, iova, steps)
         tag = f"IOTLB, DID {used.entry.did}" + (f" PASID {used.pasid}" if used.entry.pgtt != SECOND else "")
         yield from _translations(tag, used.space, iova, access, entry, fault)
     if dev.tlb is not None and pasid in dev.tlb.spaces:
         yield from _translations("device TLB", dev.tlb.spaces[pasid], iova, access, entry, fault)
 
 
-def _kept(context: Context, iova: int, steps: tuple[Step, ...]) -> Iterator[Row]:
+def _kept(context: Context, levels: int, iova: int, steps: tuple[Step, ...]) -> Iterator[Row]:
     """The paging-structure cache, from the root down; what differs is the entry that led there."""
     memory = {step.level: step for step in steps}
-    for level in reversed(range(1, context.rules.levels)):
+    for level in reversed(range(1, levels)):
         kept = context.space.tables.get((level, iova >> 9 * level + 12))
-        if not isinstance(kept, Kept):
+        if not isinstance(kept, Kept | vtd_ept.Kept):
             continue
         last = Step._make(kept.steps[-1])
         row = step_row(last)._replace(what=f"table of level {level}")

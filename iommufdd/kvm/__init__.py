@@ -5,6 +5,7 @@ ept.py         the entries of an EPT, bit by bit
 slots.py       memory slots: which guest page is which address of the VMM
 mmu.py         the table: filled on demand, zapped, flushed
 tdp_fd.py      the descriptor that stands for a table: importers, faults
+dev.py         /dev/kvm
 vm.py          a VM: its ioctls
 invariants.py  what must hold while a table is shared
 """

@@ -138,10 +138,10 @@ class Mmu:
     def _faultin(self, slot: MemorySlot, gfn: int, write: bool) -> tuple[PageRun, bool]:
         """The page behind a guest page, and whether it can be written (kvm_faultin_pfn): EFAULT."""
         addr = slot.address(gfn)
-        runs = [] if slot.readonly else self.mm.resolve(addr, 1, write=True)
+        runs = [] if slot.readonly else self.mm.faultin(addr, 1, write=True)
         if runs:
             return runs[0], True
-        runs = [] if write else self.mm.resolve(addr, 1, write=False)
+        runs = [] if write else self.mm.faultin(addr, 1, write=False)
         if not runs:
             raise EFAULT(f"the VMM has no memory at {addr:#x} for guest page {gfn:#x}")
         return runs[0], False
@@ -157,7 +157,7 @@ class Mmu:
                 continue
             if any(first <= tracked < first + size for tracked in self.write_tracked):
                 continue
-            runs = self.mm.resolve(slot.address(first), size, write=writable)
+            runs = self.mm.faultin(slot.address(first), size, write=writable)
             if len(runs) == 1 and runs[0].npages == size:
                 return level
         return 1

@@ -18,8 +18,9 @@ from iommufdd.errors import (
     EOPNOTSUPP,
     IommufdError,
 )
-from iommufdd.user import PAGE_SHIFT, File, Gate, IoctlFile
+from iommufdd.user import PAGE_SHIFT, File, Gate
 
+from .dev import WIDEST, KvmFile, check_extension
 from .invariants import Invariants
 from .mmu import Mmu
 from .slots import Change, MemorySlot, MemorySlots
@@ -28,8 +29,6 @@ from .tdp_fd import TdpFile
 if TYPE_CHECKING:
     from iommufdd.machine import Machine
     from iommufdd.user import Caller, Mm
-
-WIDEST = 52  # bits of a guest-physical address
 
 
 class Features(NamedTuple):
@@ -44,7 +43,7 @@ class Features(NamedTuple):
 
 
 class Vcpu(File):
-    """A vCPU's descriptor: keeps the VM."""
+    """A vCPU's descriptor: keeps the VM. It does not run."""
 
     def __init__(self, vm: Vm) -> None:
         self.refs = 1
@@ -54,17 +53,23 @@ class Vcpu(File):
     def release(self) -> None:
         self.vm.put()
 
+    def ioctl(self, caller: Caller, cmd: int, uptr: int) -> NoReturn:
+        """EIO, EINVAL (kvm_vcpu_ioctl)"""
+        if caller.mm is not self.vm.mm:
+            raise EIO("the VM belongs to another address space")
+        raise EINVAL(f"ioctl {cmd:#x} is not known: vCPUs do not run")
 
-class Vm(IoctlFile):
+
+class Vm(KvmFile):
     """struct kvm. Descriptors of it, of vCPUs and of an exported table keep it."""
 
     def __init__(self, machine: Machine, mm: Mm, features: Features | None = None) -> None:
         """mm: whose addresses its memory slots name, and the only one whose calls are heard."""
         self.refs = 1
         self.machine = machine
+        self.events = machine.events
         self.mm = mm
         self.features = features or Features()
-        self.events = machine.events
         self.slots = [MemorySlots() for _ in range(uapi.KVM_ADDRESS_SPACE_NUM)]
         self.mmu = Mmu(mm, self.slots[0], machine.memory, self.features.max_level)
         self.vcpus: dict[int, int] = {}  # width of guest-physical addresses by vCPU id
@@ -85,16 +90,12 @@ class Vm(IoctlFile):
         if self.mmu.checks is not None:
             self.mmu.checks.end()
 
-    def mmap(self, caller: Caller, offset: int, length: int, prot: int, flags: int) -> NoReturn:
-        """mmap(2): ENODEV"""
-        raise ENODEV("a VM cannot be mapped")
-
     def _ioctl(self, caller: Caller, cmd: int, uptr: int) -> int:
         """kvm_vm_ioctl()"""
         if caller.mm is not self.mm:
             raise EIO("the VM belongs to another address space")
         if cmd == uapi.KVM_CHECK_EXTENSION:
-            return self._check_extension(uptr)
+            return check_extension(uptr, external_tdp=self.features.external_tdp)
         if cmd == uapi.KVM_CREATE_VCPU:
             return self._create_vcpu(caller, uptr)
         execute = {
@@ -142,22 +143,6 @@ class Vm(IoctlFile):
         self.mmu.fault(gpa >> PAGE_SHIFT, access)
 
     # ---- what the VM can ----
-
-    def _check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION"""
-        known = {
-            uapi.KVM_CAP_USER_MEMORY: 1,
-            uapi.KVM_CAP_NR_VCPUS: uapi.KVM_MAX_VCPUS,
-            uapi.KVM_CAP_NR_MEMSLOTS: uapi.KVM_USER_MEM_SLOTS,
-            uapi.KVM_CAP_MAX_VCPUS: uapi.KVM_MAX_VCPUS,
-            uapi.KVM_CAP_READONLY_MEM: 1,
-            uapi.KVM_CAP_MULTI_ADDRESS_SPACE: uapi.KVM_ADDRESS_SPACE_NUM,
-            uapi.KVM_CAP_TDP_FD: int(self.features.external_tdp),
-            uapi.KVM_CAP_TDP_MAXPHYADDR: WIDEST,
-            uapi.KVM_CAP_TDP_CHECK: 1,
-            uapi.KVM_CAP_TDP_MMIO_MARKS: 1,
-        }
-        return known.get(cap, 0)
 
     def _enable_cap(self, caller: Caller, uptr: int) -> None:
         """KVM_ENABLE_CAP: EFAULT, EINVAL."""

@@ -13,6 +13,7 @@ from iommufdd.ioas import Ioas
 from iommufdd.iommu.dma import State
 from iommufdd.iommu.endpoint import Endpoint
 from iommufdd.objects import IommufdObject
+from iommufdd.user import PAGE_SHIFT
 
 from .credentials import CAPABILITIES
 from .instance import OpenContext, ServedContext
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from iommufdd.pages import Pages
 
     from .channel import Channel
-    from .devices import OpenDevice, Opened
+    from .devices import OpenDevice
     from .instance import Instance
     from .serve import Server
+    from .vms import AnyOpened, OpenVm
 
 OWN_ROOMS = ("iommufdd.", "iommufd_uapi.")
 
@@ -73,6 +75,7 @@ def _instance(server: Server, instance: Instance) -> admin.Instance:
         [_device(server, device) for device in devices],
         sorted(_processes(server, instance), key=lambda process: process.pid),
         [_endpoint(dev) for dev in instance.machine.devices.values() if isinstance(dev, Endpoint)],
+        [_vm(server, vm) for vm in instance.vms],
     )
 
 
@@ -81,6 +84,21 @@ def _device(server: Server, device: OpenDevice) -> admin.Device:
     inode = next((context.key[1] for context in device.instance.contexts if context.ctx is ictx), 0)
     channels = [_channel(each) for each in _channels(server, [device])]
     return admin.Device(device.name, inode, device.file.devid if inode else 0, channels)
+
+
+def _vm(server: Server, vm: OpenVm) -> admin.Vm:
+    file, slots = vm.file, list(vm.file.slots[0])
+    processes = (each for supervisor in server.supervisors for each in supervisor.processes.values())
+    return admin.Vm(
+        pid=next((process.tgid for process in processes if process.mm is file.mm), 0),
+        channels=[_channel(each) for each in _channels(server, [vm])],
+        slots=len(slots),
+        memory=sum(slot.npages for slot in slots) << PAGE_SHIFT,
+        vcpus=len(file.vcpus),
+        exported=0 in file.exported,
+        importers=sum(len(tdp.importers) for tdp in file.exported.values()),
+        present=file.mmu.stats.present,
+    )
 
 
 def _processes(server: Server, instance: Instance) -> Iterator[admin.Process]:
@@ -131,7 +149,7 @@ def _context(server: Server, context: OpenContext) -> admin.Context:
     )
 
 
-def _channels(server: Server, opened: Sequence[Opened]) -> list[Channel]:
+def _channels(server: Server, opened: Sequence[AnyOpened]) -> list[Channel]:
     found = [channel for channel in server.channels if channel.joined and channel.opened in opened]
     return sorted(found, key=lambda channel: channel.fd)
 

@@ -18,6 +18,7 @@ from iommufd_uapi.events import Event, Filter, Ioctl, Lost, Object, Queue, line
 from iommufdd.context import Context
 from iommufdd.errors import EMFILE
 from iommufdd.event_port import Events
+from iommufdd.kvm.dev import KvmFile
 from iommufdd.kvm.vm import Vm
 from iommufdd.veventq import Veventq
 from iommufdd.vfio.device_cdev import VfioDeviceFile
@@ -27,6 +28,7 @@ from .devices import ServedDevice
 from .instance import ServedContext
 from .reactor import HUNG_UP
 from .segments import SegmentMemory
+from .vms import ServedKvm, ServedVm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from .reactor import Reactor
     from .serve import Server
 
-    Source: TypeAlias = Context | VfioDeviceFile | Vm | Events  # the last: hardware
+    Source: TypeAlias = Context | VfioDeviceFile | KvmFile | Events  # the last: hardware
 
 RING = 4096  # events that a reader may be behind
 CHUNK = 64  # events in one send
@@ -138,7 +140,7 @@ class Trace:
 
     def ioctl(self, file: File, caller: Caller, cmd: int, uptr: int, rc: int, entered: object) -> None:
         assert isinstance(entered, Entered)
-        assert isinstance(file, Context | VfioDeviceFile | Vm)
+        assert isinstance(file, Context | VfioDeviceFile | KvmFile)
         until = now()
         view, data, device = entered.view, entered.data, isinstance(file, VfioDeviceFile)
         view.after = True
@@ -219,15 +221,16 @@ def inode(ictx: Context | None) -> int:
     return ictx.opened.key[1] if isinstance(ictx, ServedContext) else 0
 
 
-def _device(file: Context | VfioDeviceFile | Vm) -> str:
+def _device(file: Context | VfioDeviceFile | KvmFile) -> str:
     """What a call is made on; empty for a context."""
-    if isinstance(file, Vm):
-        return "vm"
+    if isinstance(file, KvmFile):
+        return "vm" if isinstance(file, Vm) else "kvm"
     return file.device.dev.name if isinstance(file, VfioDeviceFile) else ""
 
 
-def _owner(source: Context | VfioDeviceFile | Vm) -> object:
-    return source.opened.owner if isinstance(source, ServedContext | ServedDevice) else None
+def _owner(source: Context | VfioDeviceFile | KvmFile) -> object:
+    served = ServedContext | ServedDevice | ServedVm | ServedKvm
+    return source.opened.owner if isinstance(source, served) else None
 
 
 def _reason(caller: Caller) -> str:

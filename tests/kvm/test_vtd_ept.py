@@ -103,6 +103,24 @@ def test_a_walk_is_shown_entry_by_entry() -> None:
     assert room.info().faults == 1, "a look asks nobody for a page"
 
 
+def test_the_tables_that_are_kept_are_shown_until_a_zap() -> None:
+    room, idev, _ = watched()
+    room.read(idev, 0x3000)
+    kept = ["table of level 4", "table of level 3", "table of level 2", "table of level 1"]
+
+    def cached() -> list[tuple[str, str]]:
+        rows = room.iommu.explain(endpoint(idev), None, 0x3000, READ).cached
+        return [(row.what, row.differs) for row in rows if row.what.startswith("table")]
+
+    assert cached() == [(what, "") for what in kept]
+    at = room.vm.mmu.lookup(3)
+    assert at is not None
+    table = room.iommu.explain(endpoint(idev), None, 0x3000, READ).cached[kept.index("table of level 1") + 1]
+    assert table.leads == f"table at {at.table:#x}"
+    room.slot(0, 0)
+    assert cached() == []
+
+
 # ---- reasons that only a table of bytes has ----
 
 

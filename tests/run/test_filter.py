@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from iommufd_client import filter as bpf
+from iommufd_uapi import kvm
 from iommufd_uapi.seccomp import ARCHITECTURES, MARK, SECCOMP_RET_ALLOW, SECCOMP_RET_USER_NOTIF, VFS_IOCTLS, Syscalls
 
 BASE = 900
@@ -67,6 +68,13 @@ def test_ioctls_of_our_type_count_on_every_descriptor(numbers: Syscalls) -> None
     assert notified(code, numbers, numbers.ioctl, OTHER, 0xFFFF_FFFF_0000_3B81)  # the kernel takes 32 bits
     assert notified(code, numbers, numbers.ioctl, OURS, 0x541B)
     assert not notified(code, numbers, numbers.ioctl, OTHER, 0x541B)
+
+
+def test_ioctls_of_kvm_count_from_the_base_on(numbers: Syscalls) -> None:
+    code = bpf.program(numbers, BASE)
+    for cmd in (kvm.KVM_CREATE_VM, kvm.KVM_CREATE_TDP_FD):
+        assert notified(code, numbers, numbers.ioctl, OURS, cmd)
+        assert not notified(code, numbers, numbers.ioctl, OTHER, cmd)
 
 
 def test_opens_count_for_reading_and_writing(numbers: Syscalls) -> None:

@@ -116,6 +116,13 @@ def test_children_that_outlive_the_command_are_still_below_the_keeper(
     assert _soon(lambda: answer.exists() and answer.read_text() == "served\n")
 
 
+@pytest.mark.parametrize("way", ["errors", "closes", "processes"])
+def test_kvm_of_a_daemon_that_may_not_look(run: Run, compiled: Path, stranger: Daemon, way: str) -> None:
+    """Also the descriptor that lies behind a pointer."""
+    result = run("--socket-path", stranger.socket_path, "--machine", "@vtd", "--kvm", "--", compiled / "kvm", way)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
 # ---- what does not ----
 
 

@@ -231,6 +231,7 @@ def test_hardware_tells_of_itself(local: Local, follow: Callable[..., Follower])
         events.Invalidate("vtd0", "IOTLB", "domain", "did 3", tables=4),
         events.Replace("vfio0", 0, "", "hwpt_paging:4"),
         events.Replace("vfio0", 0, "hwpt_paging:4", "hwpt_nested:5", "window", "P cleared"),
+        events.Misread("hwpt_kvm:2", 0xFEB00000, 1, 6, "a mark"),
     ]
     for event in told:
         instance.machine.events.hardware(event)
@@ -246,9 +247,10 @@ def test_hardware_tells_of_itself(local: Local, follow: Callable[..., Follower])
         "[lab] invalidate vtd0 IOTLB domain (did 3): dropped 0, tables 4",
         "[lab] replace vfio0 pasid 0 nothing -> hwpt_paging:4",
         "[lab] replace vfio0 pasid 0 hwpt_paging:4 -> hwpt_nested:5: window: P cleared opens it",
+        "[lab] misread hwpt_kvm:2 level 1 0xfeb00000: 0x0000000000000006: a mark",
     ]
     assert dma.read() == told[:2]
-    assert failed.read() == [told[1], told[2], told[4]]
+    assert failed.read() == [told[1], told[2], told[4], told[-1]]
 
 
 def test_a_reader_that_has_stopped_holds_nobody_up(local: Local, follow: Callable[..., Follower]) -> None:

@@ -16,6 +16,7 @@ from iommufd_client.aio import open_iommufd
 from iommufd_client.call import IommufdOSError
 from iommufd_client.endpoint import DmaError
 from iommufd_client.memory import Buffers
+from iommufd_client.show import render
 from iommufd_client.testing import Daemon
 from iommufd_client.vm import Vm
 from iommufd_uapi.events import line
@@ -98,6 +99,8 @@ def test_a_dma_through_the_table_of_a_vm(daemon: Daemon, iommufd: Iommufd) -> No
             endpoint.read(0x20000, 1)
         info = vm.get_tdp_info()
         assert (info.importers, info.violations, info.present) == (1, 0, 4 * PAGE)
+        drawn = render(admin.show())
+        assert "VM  1 slot, 64 KiB  1 vCPU  table exported, 1 importer, 16 KiB mapped" in drawn
         assert (admin.stats().pinned_pages, admin.stats().objects_by_type["HWPT_KVM"]) == (0, 1)
         device.detach()
         iommufd.destroy(hwpt)
@@ -179,6 +182,10 @@ def test_a_trace_and_the_sanitizer_see_it_all(daemon: Daemon) -> None:
         vm.set_user_memory_region(0, 0)
         with pytest.raises(DmaError, match="answered FAILURE"):
             endpoint.write(0, b"x")
+        vm.enable_cap(kvm.KVM_CAP_TDP_MMIO_MARKS)
+        for why in ("answered FAILURE", "is gone"):
+            with pytest.raises(DmaError, match=why):
+                endpoint.write(0xFEB0_0000, b"x")
         device.detach()
         iommufd.destroy(hwpt)
         for event in events:
@@ -192,6 +199,7 @@ def test_a_trace_and_the_sanitizer_see_it_all(daemon: Daemon) -> None:
         "KVM_SET_USER_MEMORY_REGION(vm, {slot=0, flags=0, guest_phys_addr=0, memory_size=0x1000",
         "replace vfio0 pasid 0 nothing -> hwpt_kvm:2", "page response vfio0 (group 0) = SUCCESS",
         "IOTLB domain", "page response vfio0 (group 1) = FAILURE", "data={fd=",
+        "misread hwpt_kvm:2 level 1 0xfeb00000: 0x00", "KVM's mark of MMIO",
     ):  # fmt: skip
         assert words in text, words
 

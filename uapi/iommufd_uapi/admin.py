@@ -316,6 +316,19 @@ class Endpoint(msgspec.Struct):
     failures: int = 0  #: page requests answered FAILURE: KVM has no page
 
 
+class Vm(msgspec.Struct):
+    """A VM."""
+
+    pid: int  #: of a process under `run` whose it is; 0: a client's
+    channels: list[Channel]
+    slots: int
+    memory: int  #: bytes behind them
+    vcpus: int
+    exported: bool  #: its table has a descriptor
+    importers: int
+    present: int  #: bytes that the table maps
+
+
 class Instance(msgspec.Struct):
     """One machine."""
 
@@ -326,6 +339,7 @@ class Instance(msgspec.Struct):
     devices: list[Device] = []
     processes: list[Process] = []
     endpoints: list[Endpoint] = []
+    vms: list[Vm] = []
 
 
 class Tree(Reply, tag="show"):

@@ -16,7 +16,7 @@ import msgspec
 from .iommufd import IOCTLS, HwptAlloc
 from .iommufd_test import TEST_OPS, TestCmd
 from .kvm import IOCTLS as KVM_IOCTLS
-from .kvm import IOMMU_HWPT_DATA_KVM, KVM_CREATE_VCPU, HwptKvm, KvmIoctl
+from .kvm import IOMMU_HWPT_DATA_KVM, KVM_CREATE_VCPU, KVM_CREATE_VM, HwptKvm, KvmIoctl
 from .layout import BytesLike, Direction, Fd, FdIn, Ioctl, Layout, Masked, Pointer, Tail, VfioIoctl
 from .vfio import CONTAINER_IOCTLS, DEVICE_IOCTLS
 
@@ -103,7 +103,7 @@ _TEST = {
 _DEVICE = {struct.CMD: _vfio(struct) for struct in DEVICE_IOCTLS}
 _CONTAINER = {struct.CMD: _vfio(struct) for struct in CONTAINER_IOCTLS}
 _KVM = {struct.CMD: Arguments(struct, 0, (), _places(struct.FDS)) for struct in KVM_IOCTLS}
-_KVM[KVM_CREATE_VCPU] = Arguments(KvmIoctl, returns_fd=True)
+_KVM[KVM_CREATE_VM] = _KVM[KVM_CREATE_VCPU] = Arguments(KvmIoctl, returns_fd=True)
 _ANY = _CONTAINER | _DEVICE | _KVM | {struct.CMD: _iommufd(struct) for struct in IOCTLS}
 
 

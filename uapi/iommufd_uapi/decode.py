@@ -110,6 +110,8 @@ def _number(cmd: int, arg: int) -> dict[str, str]:
     """An argument that is no struct, or one that cannot be read."""
     if cmd in (vfio.VFIO_CHECK_EXTENSION, vfio.VFIO_SET_IOMMU):
         return {"arg": VFIO_EXTENSIONS.get(arg, _plain(arg))}
+    if kvm.argument_size(cmd) == 0:
+        return {"arg": _plain(arg)}
     return {} if cmd in PLAIN else {"arg": hex(arg)}
 
 
@@ -122,6 +124,8 @@ def _size(obj: Layout, data: bytes) -> dict[str, str]:
 
 
 def _passed(obj: Layout, view: View) -> Iterator[tuple[str, str]]:
+    if isinstance(obj, kvm.KvmIoctl) and not obj.CMD >> 30 & 1:
+        return  # all of it is the answer
     inner = _pointed_in(obj, view)
     for name in _covered(obj):
         if name.startswith("out_"):

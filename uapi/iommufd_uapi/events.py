@@ -146,6 +146,16 @@ class Stale(Event, tag="stale", gc=False):
     right: str  #: the invalidation that was due
 
 
+class Misread(Event, tag="misread", gc=False):
+    """A device's walk has met an entry of a VM's own table that means another thing to the VM's CPU."""
+
+    hwpt: str  #: "hwpt_kvm:2"
+    gpa: int
+    level: int
+    entry: int
+    reason: str
+
+
 class Lost(Event, tag="lost", gc=False):
     """The reader was too slow: so many events are missing here."""
 
@@ -153,14 +163,14 @@ class Lost(Event, tag="lost", gc=False):
 
 
 AnyEvent: TypeAlias = (
-    Ioctl | Queue | Object | Dma | Fault | PageRequest | PageResponse | Invalidate | Replace | Stale | Lost
+    Ioctl | Queue | Object | Dma | Fault | PageRequest | PageResponse | Invalidate | Replace | Stale | Misread | Lost
 )
 #: words of `--only`
 KINDS: dict[str, frozenset[type[Event]]] = {
     "ioctl": frozenset([Ioctl]),
     "queue": frozenset([Queue]),
     "dma": frozenset([Dma]),
-    "fault": frozenset([Fault, PageRequest, PageResponse]),
+    "fault": frozenset([Fault, PageRequest, PageResponse, Misread]),
     "invalidate": frozenset([Invalidate]),
     "replace": frozenset([Replace]),
     "stale": frozenset([Stale]),
@@ -188,7 +198,7 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 def failed(event: Event) -> bool:
-    """An error, a transfer that did not go through, a fault, a page request answered with anything but SUCCESS."""
+    """An error, a transfer that did not go through, a fault or misread, a page request not answered with SUCCESS."""
     match event:
         case Ioctl() | Queue():
             return event.result < 0
@@ -198,7 +208,7 @@ def failed(event: Event) -> bool:
             return event.code != "SUCCESS"
         case Stale():
             return event.outcome == NEVER_FLUSHED
-    return isinstance(event, Fault)
+    return isinstance(event, Fault | Misread)
 
 
 # ---- for people --------------------------------------------------------------------------------------------
@@ -258,6 +268,8 @@ def _what(event: Event) -> str:
             return _replace(event)
         case Stale():
             return _stale(event)
+        case Misread():
+            return f"misread {event.hwpt} level {event.level} {event.gpa:#x}: {event.entry:#018x}: {event.reason}"
     raise TypeError(f"no event: {event!r}")
 
 

@@ -2,7 +2,7 @@
 
 The RFC is "Sharing KVM TDP to IOMMU" (December 2023, never merged): KVM_CREATE_TDP_FD, and a data type for
 IOMMU_HWPT_ALLOC. What it left without a number has a private one here: PRIVATE and what is made from it. All of these
-are ioctls of a VM; a number carries direction and size, and the structs have no size field.
+are ioctls of a VM or of /dev/kvm; a number carries direction and size, and the structs have no size field.
 """
 
 from collections.abc import Callable
@@ -67,6 +67,9 @@ def kvm_ioctl(nr: int, macro: str, direction: int) -> Callable[[type[K]], type[K
     return decorate
 
 
+KVM_API_VERSION = 12
+KVM_GET_API_VERSION = io(0x00)
+KVM_CREATE_VM = io(0x01)  #: the result is a descriptor
 KVM_CHECK_EXTENSION = io(0x03)
 KVM_CREATE_VCPU = io(0x41)  #: the result is a descriptor
 

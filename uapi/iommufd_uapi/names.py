@@ -69,7 +69,12 @@ PLAIN: dict[int, str] = {
         "VFIO_DEVICE_RESET", "VFIO_IOMMU_ENABLE", "VFIO_IOMMU_DISABLE",
     }
 }  # fmt: skip
-PLAIN |= {kvm.KVM_CHECK_EXTENSION: "KVM_CHECK_EXTENSION", kvm.KVM_CREATE_VCPU: "KVM_CREATE_VCPU"}
+PLAIN |= {
+    kvm.KVM_GET_API_VERSION: "KVM_GET_API_VERSION",
+    kvm.KVM_CREATE_VM: "KVM_CREATE_VM",
+    kvm.KVM_CHECK_EXTENSION: "KVM_CHECK_EXTENSION",
+    kvm.KVM_CREATE_VCPU: "KVM_CREATE_VCPU",
+}
 
 NAMES: dict[Field, Names] = {
     (uapi.IoasMap, "flags"): _MAP,
@@ -80,7 +85,8 @@ NAMES: dict[Field, Names] = {
     (uapi.VfioIoas, "op"): _enum(uapi.IommufdVfioIoasOp),
     (uapi.HwptAlloc, "flags"): _flags(uapi.IommufdHwptAllocFlags),
     (uapi.HwptAlloc, "data_type"): _enum(
-        uapi.IommuHwptDataType, IOMMU_HWPT_DATA_SELFTEST=test.IOMMU_HWPT_DATA_SELFTEST
+        uapi.IommuHwptDataType, IOMMU_HWPT_DATA_SELFTEST=test.IOMMU_HWPT_DATA_SELFTEST,
+        IOMMU_HWPT_DATA_KVM=kvm.IOMMU_HWPT_DATA_KVM,
     ),
     (uapi.HwptVtdS1, "flags"): _flags(uapi.IommuHwptVtdS1Flags),
     (uapi.HwInfo, "flags"): _flags(uapi.IommufdHwInfoFlags),

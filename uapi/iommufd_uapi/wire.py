@@ -74,6 +74,7 @@ MOUNT_CONTAINER = 16  #: Hello.flags: as /dev/vfio/vfio
 SUPERVISE_TRACE = 64  #: Hello.flags: the last descriptor is a stream socket, for a line of text an event
 SUPERVISE_SANITIZE = 128  #: Hello.flags: tell of translations used that should have been flushed
 SUPERVISE_SANITIZE_FAIL = 256  #: Hello.flags: the same, and a verdict; DMA through what was never flushed fails
+SUPERVISE_KVM = 512  #: Hello.flags: opens of /dev/kvm are for the daemon
 MAX_CALLER = 256  #: bytes of text after a hello of kind SUPERVISE or MOUNT
 REGISTER_PRIVATE = 1  #: RegisterBody.flags: the pages are this address space's own
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from iommufdd.errors import ENOENT, IommufdError
 from iommufdd.kvm.tdp_fd import TdpFile
+from iommufdd.kvm.vm import Vcpu, Vm
 from iommufdd.server.devices import OpenDevice
 from iommufdd.server.instance import OpenContext
+from iommufdd.server.vms import OpenKvm
 from iommufdd.user import Gate
 
 from . import caps, rw, status
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd_uapi.seccomp import Syscalls
-    from iommufdd.server.devices import Opened
     from iommufdd.server.files import Pipe
+    from iommufdd.server.vms import AnyOpened
+    from iommufdd.user import Caller
 
     from .notify import Supervisor
     from .target import Process, Thread
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     Handler = Callable[[Thread, list[int]], int]
 
 PATHS = {b"/dev/iommu": False, b"/dev/vfio/vfio": True}  # as a container?
+KVM = b"/dev/kvm"  # if the keeper wants it: there may be a real one
 DEVICES = b"/dev/vfio/devices/"
-NAMES = (b"iommu", b"vfio")
+NAMES = (b"iommu", b"vfio", b"kvm")
 PATH_MAX = 4096
 O_DIRECTORY = os.O_DIRECTORY
 F_DUPFD_CLOEXEC = 1030
@@ -81,7 +85,8 @@ class Calls:
 
     def _open(self, thread: Thread, folder: int, path_at: int, flags: int) -> int:
         path = self._path(thread, folder, path_at)
-        if flags & os.O_ACCMODE != os.O_RDWR or not (path in PATHS or path.startswith(DEVICES)):
+        ours = path in PATHS or path.startswith(DEVICES) or (path == KVM and self.supervisor.kvm)
+        if flags & os.O_ACCMODE != os.O_RDWR or not ours:
             return self._open_proc(thread, path, flags) if self.supervisor.proc else CONTINUE
         if flags & os.O_CREAT and flags & os.O_EXCL:
             return -errno.EEXIST
@@ -108,12 +113,14 @@ class Calls:
             return -error.errno
         return ANSWERED
 
-    def _open_ours(self, path: bytes) -> Opened:
-        """The iommufd, the container or the device at a path. ENOENT, EMFILE."""
+    def _open_ours(self, path: bytes) -> AnyOpened:
+        """The iommufd, the container, KVM or the device at a path. ENOENT, EMFILE."""
         instance, uid = self.supervisor.instance, self.supervisor.uid
         container = PATHS.get(path)
         if container is not None:
             return OpenContext(instance, uid, container=container, mappable=True)
+        if path == KVM:
+            return OpenKvm(instance, uid)
         try:
             return OpenDevice(instance, path.removeprefix(DEVICES).decode(), uid)
         except UnicodeDecodeError:
@@ -163,7 +170,7 @@ class Calls:
         if found is None or cmd in GENERIC_IOCTLS:
             return CONTINUE
         if not isinstance(found, Installed) or found.file is not found.opened.file:
-            return -errno.ENODEV if isinstance(found.file, TdpFile) else -errno.ENOTTY
+            return _other_ioctl(thread.caller, found, cmd, args[2])
         opened = found.opened
         if thread.process.stranger:
             thread.files.prepare(cmd, args[2])
@@ -206,7 +213,7 @@ class Calls:
     def _on_status(self, fill: status.Fill) -> Handler:
         def handler(thread: Thread, args: list[int]) -> int:
             found = self._find(thread, signed_int(args[0]))
-            if not isinstance(found, Installed) or found.file is not found.opened.file:
+            if not isinstance(found, Installed) or found.file is not found.opened.file or isinstance(found.file, Vm):
                 return CONTINUE
             answer = fill(thread, found, args)
             return CONTINUE if answer == status.NOT_OURS else answer
@@ -270,3 +277,13 @@ def _give(thread: Thread, own: int, *, cloexec: bool, least: int = 0, lowest: bo
     finally:
         os.close(own)
     return ANSWERED
+
+
+def _other_ioctl(caller: Caller, found: Installed | Pipe, cmd: int, arg: int) -> int:
+    """Of a file that came of an ioctl: ENOTTY, but for those of KVM."""
+    if not isinstance(found.file, TdpFile | Vcpu):
+        return -errno.ENOTTY
+    try:
+        found.file.ioctl(caller, cmd, arg)
+    except IommufdError as error:
+        return -error.errno

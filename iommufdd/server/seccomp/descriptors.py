@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from iommufdd.errors import EMFILE
 from iommufdd.eventq import EventqFile
 from iommufdd.server.memory import OtherFile
+from iommufdd.server.vms import ServedVm
 from iommufdd.user import File
 
 from .fds import DESCRIPTORS
@@ -20,8 +21,8 @@ from .procfile import reopened
 from .sys import AT_FDCWD
 
 if TYPE_CHECKING:
-    from iommufdd.server.devices import Opened
     from iommufdd.server.files import FileKey, Pipe
+    from iommufdd.server.vms import AnyOpened
 
     from .fds import Installed
     from .notify import Supervisor
@@ -34,7 +35,7 @@ class TargetDescriptors:
     def __init__(self, supervisor: Supervisor, thread: Thread) -> None:
         self.supervisor = supervisor
         self.thread = thread
-        self.opened: Opened | None = None  # whose call this is
+        self.opened: AnyOpened | None = None  # whose call this is
         self._reserved: set[int] = set()
 
     def key(self, fd: int) -> FileKey | None:
@@ -117,10 +118,14 @@ class TargetDescriptors:
         assert self.opened is not None
         if isinstance(file, EventqFile):
             self._install_pipe(fd, file, self.opened)
+        elif isinstance(file, ServedVm):  # it is opened as /dev/iommu is, only by an ioctl
+            installed = self.supervisor.watch.install(file.opened, file)
+            installed.report = self.supervisor.report
+            self._install_memfd(fd, installed)
         else:
             self._install_memfd(fd, self.supervisor.watch.install(self.opened, file))
 
-    def _install_pipe(self, fd: int, file: EventqFile, opened: Opened) -> None:
+    def _install_pipe(self, fd: int, file: EventqFile, opened: AnyOpened) -> None:
         pipes = self.supervisor.server.pipes
         pipe: Pipe = pipes.reserve(opened, opened.uid)
         pipes.publish(pipe, file)

@@ -1,9 +1,9 @@
 """What is installed in traced processes, and how the daemon learns that the last copy of it is closed.
 
-An iommufd, a device, an access and a dma-buf are memfds opened anew: they poll as the kernel's files do, and
-registers can be mapped from an iommufd. An inotify watch tells of close() before it returns, provided that the watch is
-read before each notification is answered; as equal events are merged, it is only a hint, and a lease probe gives the
-answer.
+An iommufd, a device, an access, a dma-buf and what KVM gives are memfds opened anew: they poll as the kernel's files
+do, and registers can be mapped from an iommufd. An inotify watch tells of close() before it returns, provided that the
+watch is read before each notification is answered; as equal events are merged, it is only a hint, and a lease probe
+gives the answer.
 
 An event queue is the pipe of server/files.py, which polls right and whose end shows by itself.
 """
@@ -22,9 +22,9 @@ from .sys import IN_CLOSE, IN_Q_OVERFLOW, INOTIFY_EVENT, inotify_add_watch, inot
 
 if TYPE_CHECKING:
     from iommufdd.mmap import Vma
-    from iommufdd.server.devices import Opened
     from iommufdd.server.nofile import Nofile
     from iommufdd.server.reactor import Reactor
+    from iommufdd.server.vms import AnyOpened
     from iommufdd.user import File
 
     from .report import Report
@@ -35,7 +35,7 @@ DESCRIPTORS = 2  # that an installed memfd costs at most
 class Installed:
     """A memfd in traced processes: `file` is released when nothing has it open or mapped any more."""
 
-    def __init__(self, watch: Watch, opened: Opened, file: File, memfd: int) -> None:
+    def __init__(self, watch: Watch, opened: AnyOpened, file: File, memfd: int) -> None:
         """`memfd` is what memfd_create() gave; only descriptions opened anew count as open. OSError."""
         self.watch = watch
         self.opened = opened
@@ -91,7 +91,7 @@ class Watch:
         self.pending.register(pipes, select.EPOLLIN)
         reactor.register(self.fd, self, select.EPOLLIN, first=True)
 
-    def install(self, opened: Opened, file: File, memfd: int = -1) -> Installed:
+    def install(self, opened: AnyOpened, file: File, memfd: int = -1) -> Installed:
         """Make a file known; without a memfd of its own it gets one. EMFILE."""
         self.nofile.charge(opened.uid, DESCRIPTORS)
         made = -1

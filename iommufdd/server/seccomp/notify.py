@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from iommufd_uapi.seccomp import native
 from iommufd_uapi.wire import (
     SUPERVISE_EXPLAIN,
+    SUPERVISE_KVM,
     SUPERVISE_PROC,
     SUPERVISE_REACH,
     SUPERVISE_SANITIZE,
@@ -19,7 +20,8 @@ from iommufd_uapi.wire import (
 )
 from iommufdd.errors import EINVAL, EMFILE
 from iommufdd.server import log
-from iommufdd.server.vms import OpenVm
+from iommufdd.server.devices import OpenDevice
+from iommufdd.server.instance import OpenContext
 
 from .calls import Calls
 from .listener import CONTINUE, Listener
@@ -82,6 +84,7 @@ class Supervisor(Listener, Targets[Thread]):
         self.sanitizer: Sanitizer | None = None  # of the machine, if it wants to know
         self.debug_folder = -1
         self.proc = False
+        self.kvm = False
         self._ending = False
         self._said_unreachable = False
         self._calls = Calls(self, numbers)
@@ -136,6 +139,7 @@ class Supervisor(Listener, Targets[Thread]):
         """Tell this keeper what it wants to know (SUPERVISE_*), and hang up at the end."""
         self.channel, channel.supervisor = channel, self
         self.proc = bool(flags & SUPERVISE_PROC)
+        self.kvm = bool(flags & SUPERVISE_KVM)
         self.reach.willing = bool(flags & SUPERVISE_REACH)
         if flags & (SUPERVISE_EXPLAIN | SUPERVISE_SUMMARY):
             from .report import Report
@@ -304,7 +308,7 @@ class Supervisor(Listener, Targets[Thread]):
         euid = os.geteuid()
         found = {self.find((*inode, euid)) for inode in inodes_of(f"/proc/{process.tgid}/fd")}
         opened = (each.opened for each in found if each is not None)
-        return {each for each in opened if not isinstance(each, OpenVm)}
+        return {each for each in opened if isinstance(each, OpenContext | OpenDevice)}
 
 
 def origin_of(peer: Peer) -> Origin:

@@ -79,6 +79,21 @@ class PrivatePages(PageFile):
         return done
 
 
+class ShownPages(PrivatePages):
+    """What the addresses of an mm show at the moment of use, private or shared: nothing of it is kept.
+
+    munmap(), mmap() and mprotect() are not traced, so every use asks anew what is there and what it allows.
+    """
+
+    def pread(self, pos: int, length: int) -> bytes:
+        self.mm.forget()
+        return super().pread(pos, length)
+
+    def pwrite(self, pos: int, data: bytes) -> int:
+        self.mm.forget()
+        return super().pwrite(pos, data)
+
+
 class ProcMm(Mm):
     """An mm, as long as one of `users` has it; then its descriptors are closed."""
 
@@ -93,6 +108,7 @@ class ProcMm(Mm):
         self.mem, self.maps = opened
         self.private = PrivatePages(self, compound=False)
         self.private_huge = PrivatePages(self, compound=True)
+        self.shown = ShownPages(self, compound=False)
         self._asked = bytearray(_ASKED)
         self._last = self._before = NOWHERE  # the two looked up last, in this notification
         self._stamp = -1
@@ -102,6 +118,8 @@ class ProcMm(Mm):
             os.close(self.mem)
             os.close(self.maps)
             self.mem = self.maps = -1
+            for notifier in self.notifiers:
+                notifier.mm_release()
 
     def leave(self, process: Process) -> None:
         """A process has ended, or has another mm now."""
@@ -210,6 +228,10 @@ class ProcMm(Mm):
             raise StaleError(f"the mm of pid {self.pid} is gone")
         return None
 
+    def forget(self) -> None:
+        """What was looked up may have changed since."""
+        self._last = self._before = NOWHERE
+
     def vmas(self) -> Iterator[Vma]:
         """All of them, ascending, from the text of maps: without page sizes."""
         if self.maps < 0:
@@ -247,6 +269,12 @@ class ProcMm(Mm):
                 break
             addr += length
         return runs
+
+    def faultin(self, addr: int, npages: int, *, write: bool) -> list[PageRun]:
+        """Pages of the addresses themselves: there is no notifier, so what is kept must not outlive a munmap()."""
+        self.forget()
+        found = sum(run.npages for run in self.resolve(addr, npages, write=write))
+        return [PageRun(self.shown, addr >> PAGE_SHIFT, found)] if found else []
 
     def _file(self, vma: Vma, *, write: bool) -> PageFile | None:
         """What the pages of a VMA belong to; None for what cannot be pinned."""

@@ -14,6 +14,7 @@ from iommufdd.server.trace import View
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from iommufdd.kvm.dev import KvmFile
     from iommufdd.user import Caller, File
     from iommufdd.vfio.device_cdev import VfioDeviceFile
 
@@ -39,7 +40,7 @@ class Report:
         self._contexts = 0
         self._seconds = 0.0
 
-    def ioctl(self, thread: Calling, file: Context | VfioDeviceFile, cmd: int, arg: int) -> int:
+    def ioctl(self, thread: Calling, file: Context | VfioDeviceFile | KvmFile, cmd: int, arg: int) -> int:
         """Carry an ioctl out, and count it."""
         device = not isinstance(file, Context)
         data = thread.caller.memory.read(arg, decode.size_of(cmd, device=device))

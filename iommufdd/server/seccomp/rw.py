@@ -1,8 +1,8 @@
 """read, write and lseek, in all their forms, on descriptors of ours: what the kernel's files answer.
 
 Only event queues can be read and written. They have neither a position nor ->read_iter(), so vectors are taken one
-by one, and calls with a position are refused. The iommufd and a VFIO device are character devices: those get as far
-as vfs_read().
+by one, and calls with a position are refused. The iommufd, a VFIO device and /dev/kvm are character devices: those get
+as far as vfs_read().
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from iommufdd.context import Context
 from iommufdd.errors import EINVAL, IommufdError
 from iommufdd.eventq import EventqFile
+from iommufdd.kvm.dev import KvmDevice, KvmFile
+from iommufdd.kvm.vm import Vcpu
 from iommufdd.vfio.device_cdev import VfioDeviceFile
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ MAX_RW_COUNT = 0x7FFF_F000  # include/linux/fs.h
 UIO_MAXIOV = 1024
 IOVEC = struct.Struct("<QQ")
 RWF_HIPRI = 1
+SEEK_MAX = 4  # include/uapi/linux/fs.h
 ADDRESS_END = 1 << 47  # TASK_SIZE_MAX, as access_ok() has it
 
 
@@ -52,6 +55,9 @@ def _signed(value: int) -> int:
 
 
 def _lseek(caller: Caller, file: File, args: list[int]) -> int:
+    """KVM's files take a seek, and stay where they are (noop_llseek)."""
+    if isinstance(file, KvmFile | Vcpu):
+        return 0 if args[2] & 0xFFFF_FFFF <= SEEK_MAX else -errno.EINVAL
     return -errno.ESPIPE
 
 
@@ -77,7 +83,7 @@ def _positioned(caller: Caller, file: File, args: list[int]) -> int:
     """pread() and the like."""
     if _signed(args[3]) < 0:
         return -errno.EINVAL
-    return -errno.EINVAL if isinstance(file, Context | VfioDeviceFile) else -errno.ESPIPE
+    return -errno.EINVAL if isinstance(file, Context | VfioDeviceFile | KvmDevice) else -errno.ESPIPE
 
 
 def _readv(caller: Caller, file: File, args: list[int]) -> int:

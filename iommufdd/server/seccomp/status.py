@@ -13,12 +13,13 @@ import struct
 from typing import TYPE_CHECKING
 
 from iommufdd.server.devices import OpenDevice
+from iommufdd.server.vms import OpenKvm, OpenVm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from iommufd_uapi.seccomp import Syscalls
-    from iommufdd.server.devices import Opened
+    from iommufdd.server.vms import AnyOpened
 
     from .fds import Installed
     from .target import Thread
@@ -31,6 +32,7 @@ MODE = stat.S_IFCHR | 0o660
 MISC_MAJOR = 10  # include/linux/major.h
 IOMMU_MINOR = 124  # a dynamic one
 VFIO_MINOR = 196  # include/linux/miscdevice.h: /dev/vfio/vfio
+KVM_MINOR = 232
 VFIO_MAJOR = 511  # a dynamic one, the first that alloc_chrdev_region() gives from there down
 NOT_OURS = 1 << 60
 
@@ -53,10 +55,13 @@ def table(n: Syscalls) -> dict[int, Fill]:
     }
 
 
-def rdev(opened: Opened) -> int:
+def rdev(opened: AnyOpened) -> int:
     """st_rdev of the node that was opened: a VFIO device's minor is its place among the devices of the machine."""
     if isinstance(opened, OpenDevice):
         return os.makedev(VFIO_MAJOR, list(opened.instance.machine.devices).index(opened.name))
+    if isinstance(opened, OpenKvm):
+        return os.makedev(MISC_MAJOR, KVM_MINOR)
+    assert not isinstance(opened, OpenVm)
     return os.makedev(MISC_MAJOR, VFIO_MINOR if opened.container else IOMMU_MINOR)
 
 

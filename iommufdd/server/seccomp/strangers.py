@@ -82,6 +82,9 @@ class StrangersDescriptors(TargetDescriptors):
                 new = True
             else:
                 self._prepare(int.from_bytes(data[offset : offset + 4], "little", signed=True))
+        for pointer, offset in args.pointed_fds(cmd, data):
+            place = int.from_bytes(data[pointer : pointer + 8], "little") + offset
+            self._prepare(int.from_bytes(self.thread.caller.memory.read(place, 4), "little", signed=True))
         if new:
             self.prepare_number()
 

@@ -34,7 +34,8 @@ machines:
 sockets:
   Clients connect to PATH (type SOCK_SEQPACKET); docs/PROTOCOL.md is the protocol. The admin socket
   (type SOCK_STREAM, mode 0600) answers JSON lines: what is open, counts, DMA of devices and how it is
-  translated, and, for tests, credentials and faults. Under systemd, sockets come by LISTEN_FDS
+  translated, and, for tests, credentials and faults; who may use it reaches all memory that devices of
+  any client reach. Under systemd, sockets come by LISTEN_FDS
   (FileDescriptorName=admin marks the admin socket) and readiness is told to NOTIFY_SOCKET.
 
 callers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import stat
 from typing import TYPE_CHECKING, Any, get_args
 
 from .description import MOCK, AnyIommu, DeviceDescription, MachineDescription
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 FOLDER = os.path.join(os.path.dirname(__file__), "machines")  # the built-in ones, NAME.toml
 SUFFIX = ".toml"
 LONGEST = 1 << 20  # bytes of a machine file
+MANY_DOTS = 1000  # in a line
 
 # Patterns as text: compiled when first used, since a daemon seldom reads a machine file, and its start is waited for.
 SIZE = r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20})([KMGT]?)"
@@ -114,10 +117,12 @@ class MachineFile:
     def open(cls, path: str) -> MachineFile:
         """MachineFileError: it cannot be read, is longer than 1 MiB or not UTF-8."""
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_without_waiting) as file:
                 data = file.read(LONGEST + 1)
         except (OSError, ValueError) as error:
             raise MachineFileError([f"{path}: {getattr(error, 'strerror', None) or error}"]) from None
+        if data is None:  # BlockingIOError, as a buffered reader has it
+            raise MachineFileError([f"{path}: there is nothing to read"])
         if len(data) > LONGEST:
             raise MachineFileError([f"{path}: longer than {LONGEST} bytes"])
         try:
@@ -143,11 +148,18 @@ class MachineFile:
 
     def complaint(self, key: Key, text: str) -> str:
         """`FILE:LINE: iommu[0].mgaw: text`, one line whatever the keys are made of."""
-        return f"{self.path}:{Lines(self.text).of(key)}: {_one_line(f'{dotted(key)}: {text}' if key else text)}"
+        return f"{self.path}:{self._lines.of(key)}: {_one_line(f'{dotted(key)}: {text}' if key else text)}"
+
+    @functools.cached_property
+    def _lines(self) -> Lines:
+        return Lines(self.text)
 
     def _tables(self) -> dict[str, Any]:
         import tomllib
 
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if line.count(".") > MANY_DOTS:  # a key of so many parts takes tomllib for ever
+                raise MachineFileError([f"{self.path}:{number}: more than {MANY_DOTS} dots in a line"])
         try:
             return tomllib.loads(self.text)
         except RecursionError:
@@ -157,6 +169,14 @@ class MachineFile:
             text, line, column = found.groups() if found else (str(error), "1", None)
             place = f"{line}:{column}" if column else line or str(self.text.count("\n") + 1)
             raise MachineFileError([f"{self.path}:{place}: {_one_line(text)}"]) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """An opener: a FIFO without a writer is empty; one that has a writer, as <(...) of a shell, is read to its end."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.set_blocking(fd, True)
+    return fd
 
 
 def _read_sizes(data: dict[str, Any]) -> None:

@@ -188,8 +188,8 @@ class Tlb:
 
     def found(self, tag: Hashable) -> list[Space]:
         """The space of a tag if there is one: an invalidation makes none."""
-        found = self.spaces.get(tag)
-        return [] if found is None else [found]
+        space = self.spaces.get(tag)
+        return [] if space is None else [space]
 
     def add(self, entry: TlbEntry) -> None:
         if self.capacity and len(self._all) >= self.capacity:

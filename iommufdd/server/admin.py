@@ -90,6 +90,8 @@ async def respond(server: Server, fd: int, line: bytes) -> admin.Reply:
         return await transfer(server, fd, request) if isinstance(request, admin.Dma) else _answer(server, fd, request)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         return admin.Error(errno.EINVAL, str(error))
+    except RecursionError:
+        return admin.Error(errno.EINVAL, "nested too deep")
     except IommufdError as error:
         return admin.Error(error.errno, error.reason)
     except OSError as error:
@@ -127,6 +129,9 @@ def _channels(server: Server, mm: int) -> list[Channel]:
 def _credentials(server: Server, request: admin.Credentials) -> admin.Reply:
     if not server.virtual_caller:
         return admin.Error(errno.EPERM, "the daemon was started without --virtual-caller")
+    for name, value, end in (("uid", request.uid, 1 << 32), ("memlock", request.memlock, 1 << 64)):
+        if value is not None and not 0 <= value < end:
+            raise EINVAL(f"{name} {value} is not within 0 to {end - 1}")
     caps = None if request.caps is None else parse_caps("+".join(request.caps))
     channels = _channels(server, request.mm)
     for channel in channels:
@@ -141,6 +146,8 @@ def _credentials(server: Server, request: admin.Credentials) -> admin.Reply:
 
 
 def _fault(server: Server, request: admin.Fault) -> admin.Reply:
+    if request.nth is not None and not 0 <= request.nth < 1 << 32:
+        raise EINVAL(f"the n of fail-nth is {request.nth}, not within 32 bits")
     gates = [channel.caller.gate for channel in _channels(server, request.mm)]
     if request.nth is not None:
         for gate in gates:

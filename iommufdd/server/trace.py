@@ -284,8 +284,8 @@ class Reader:
         self._arm()
 
     def end(self) -> None:
-        """Nothing more is to come: close when all has been read."""
-        if not self.ending:
+        """Nothing more is to come: close when all has been read. A reader that has gone is closed already."""
+        if not self.ending and self._sock.fileno() >= 0:
             self.ending = True
             self._arm()
 

@@ -351,3 +351,47 @@ def test_a_name_means_one_machine(tmp_path: Path) -> None:
 def test_files_and_names() -> None:
     assert all(map(is_file, ("./vtd", "vtd.toml", "/a/b")))
     assert not any(map(is_file, ("vtd", "a.b", "ci@vtd")))
+
+
+# ---- files that are none -----------------------------------------------------------------------------------
+
+
+def complaints_of(path: str) -> list[str]:
+    with pytest.raises(MachineFileError) as caught:
+        MachineFile.open(path).description()
+    return list(caught.value.complaints)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "fifo.toml"
+    os.mkfifo(path)
+    assert complaints_of(str(path)) == [f"{path}:1: name: missing"]
+
+
+def test_a_pipe_of_the_shell_is_read_to_its_end() -> None:
+    read, write = os.pipe()
+    with os.fdopen(read), os.fdopen(write, "wb") as file:
+        file.write(b'name = "from-a-pipe"')
+        file.close()
+        assert MachineFile.open(f"/dev/fd/{read}").description().name == "from-a-pipe"
+
+
+@pytest.mark.parametrize(("path", "why"), [("/dev/zero", "longer than 1048576 bytes"), ("/", "Is a directory")])
+def test_what_is_no_file(path: str, why: str) -> None:
+    assert complaints_of(path) == [f"{path}: {why}"]
+
+
+def test_a_file_with_many_mistakes_is_read_once(tmp_path: Path) -> None:
+    """A complaint each, and their lines: 20,000 times a file of 20,000 lines would take hours."""
+    path = tmp_path / "many.toml"
+    path.write_text('name = "many"\n' + "[[iommu]]\n" * 20_000)
+    found = complaints_of(str(path))
+    assert len(found) == 20_000
+    assert found[-1] == f"{path}:20001: iommu[19999].model: missing"
+
+
+@pytest.mark.parametrize("text", ["a" + ".a" * 400_000 + " = 1", "[" + "a." * 400_000 + "a]"])
+def test_a_key_of_very_many_parts(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "dots.toml"
+    path.write_text(f"name = 'dots'\n{text}\n")
+    assert complaints_of(str(path)) == [f"{path}:2: more than 1000 dots in a line"]

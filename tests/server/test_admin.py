@@ -105,6 +105,13 @@ def test_credentials(local: Local) -> None:
     assert ask(local, admin.Credentials(peer.mm, caps=["CAP_CHOWN"]), admin.Error).errno == errno.EINVAL
 
 
+@pytest.mark.parametrize(("uid", "memlock"), [(-1, None), (1 << 32, None), (None, -1), (None, 1 << 64)])
+def test_credentials_that_nobody_has(local: Local, uid: int | None, memlock: int | None) -> None:
+    local.server.virtual_caller = True
+    peer = local.connect()
+    assert ask(local, admin.Credentials(peer.mm, uid, memlock=memlock), admin.Error).errno == errno.EINVAL
+
+
 def test_credentials_are_refused_by_default(local: Local) -> None:
     peer = local.connect()
     assert ask(local, admin.Credentials(peer.mm, uid=1), admin.Error).errno == errno.EPERM
@@ -136,6 +143,9 @@ def test_fault(local: Local) -> None:
         b"\xff\xfe",
         b'{"request": "fault", "mm": -1, "nth": "x"}',
         b'{"request": "stats", "more": 1}',
+        b'{"request": ' * 50_000,
+        b'{"request": "fault", "mm": 1, "nth": -7}',
+        b'{"request": "fault", "mm": 1, "nth": 4294967296}',
     ],
 )
 def test_no_request(local: Local, line: bytes) -> None:

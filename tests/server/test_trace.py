@@ -395,6 +395,16 @@ def test_readers_of_one_uid_leave_room_for_those_of_another(local: Local) -> Non
     assert local.server.nofile.total == before
 
 
+def test_the_end_of_what_nobody_reads_any_more(local: Local) -> None:
+    """A keeper that was killed: its socket goes first, then its processes."""
+    follower = Follower(local)
+    follower.sock.close()
+    local.pump()
+    assert not local.server.trace.readers
+    follower.reader.end()
+    assert not follower.reader.ending  # --terminate does not wait for it
+
+
 def test_a_reader_that_cannot_be_watched_is_none(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOSPC, "fs.epoll.max_user_watches")

@@ -17,15 +17,16 @@ GRANULES = {4: Tg0.K4, 16: Tg0.K16, 64: Tg0.K64}  # in KiB
 
 
 class LpaeTable:
-    """A table for 48 bit addresses, in guest memory that begins at guest-physical address 0.
+    """A table for 48 bit addresses, in guest memory that begins at guest-physical address `base`.
 
     Levels count from the page up: 1 is Arm's level 3. Pages for tables are taken from `pool` on, upward. Nothing is
     flushed here: what the SMMU has cached stays until IOMMU_HWPT_INVALIDATE.
     """
 
-    def __init__(self, ram: GuestMemory, pool: int, granule: int = 4) -> None:
+    def __init__(self, ram: GuestMemory, pool: int, granule: int = 4, base: int = 0) -> None:
         """granule: 4, 16 or 64, in KiB."""
         self.ram = ram
+        self.base = base
         self.granule = granule
         self._shift = (granule << 10).bit_length() - 1
         self._stride = self._shift - 3  # bits that a level translates
@@ -41,15 +42,15 @@ class LpaeTable:
         size = self.granule << 10
         page = -(-self._next // size) * size
         self._next = page + size
-        self.ram.write(page, bytes(size))
+        self.ram.write(page - self.base, bytes(size))
         return page
 
     def descriptor(self, address: int) -> int:
         """The descriptor at a guest-physical address."""
-        return int.from_bytes(self.ram.read(address, 8), "little")
+        return int.from_bytes(self.ram.read(address - self.base, 8), "little")
 
     def store(self, address: int, descriptor: int) -> None:
-        self.ram.write(address, descriptor.to_bytes(8, "little"))
+        self.ram.write(address - self.base, descriptor.to_bytes(8, "little"))
 
     def slot(self, iova: int, level: int = 1) -> int:
         """Where the descriptor of this level for iova lies; tables above it are made."""

@@ -11,6 +11,7 @@ from iommufd_client import DmaError
 from iommufd_client.testing import Daemon
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from .conftest import Run
@@ -26,17 +27,18 @@ def test_a_vmm_with_an_accelerated_smmuv3(run: Run, compiled: Path, tmp_path: Pa
         program = run.start(*options, "--", compiled / "smmuv3", stdin=-1)
         device = admin.endpoint("vfio1", MACHINE)
 
-        def late() -> None:
+        def late() -> None:  # the guest has unmapped it
             with pytest.raises(DmaError, match="fault 0x10"):
                 device.write(IOVA, b"late")
 
-        for where, act in (
+        steps: tuple[tuple[str, Callable[[], None]], ...] = (
             ("bypass", lambda: device.write(BUFFER, b"guest physical")),
             ("stage 1", lambda: device.write(IOVA, b"through stage 1")),
             ("unmapped", late),
             ("unmapped", late),
             ("again", lambda: device.write(IOVA, b"and again")),
-        ):
+        )
+        for where, act in steps:
             assert program.stdout is not None
             assert program.stdin is not None
             assert program.stdout.readline() == f"{where}\n"

@@ -10,7 +10,7 @@ from iommufd_client.testing import Daemon
 from iommufd_uapi import iommufd as uapi
 from iommufd_uapi.smmuv3 import Cmd
 from iommufdd.iommu.walk import READ, TranslationFault
-from tests.iommu.smmu_lab import POOL, Guest, SmmuLab, master
+from tests.iommu.smmu_lab import Guest, SmmuLab, master
 
 from .measure import PER_SECOND, Bench, Case, Plan
 

@@ -50,7 +50,10 @@ def test_a_vmm_with_an_accelerated_smmuv3(run: Run, compiled: Path, tmp_path: Pa
     text = trace.read_text()
     for line in (
         r"IOMMU_VDEVICE_ALLOC\(iommufd:\d+, \{.*virt_id=0x100.*\}\) = 0",
-        r"IOMMU_HWPT_INVALIDATE\(iommufd:\d+, \{.*\}\) = 0",
-        r"IOMMU_VEVENTQ_ALLOC\(",
+        r"IOMMU_HWPT_ALLOC\(.*ste=\{v config=S1_TRANS s1contextptr=0x40a61000 s1dss=SSID0 ",
+        r"IOMMU_HWPT_INVALIDATE\(iommufd:\d+, \{.*cmd=\{CFGI_CD sid=0x100 leaf\}",
+        r"IOMMU_HWPT_INVALIDATE\(iommufd:\d+, \{.*cmd=\{TLBI_NH_VA asid=0x1 leaf addr=0xfffff000\}",
+        r"\{F_TRANSLATION sid=0x100 class=IN addr=0xfffff000\}",
+        r"invalidate smmu0 IOTLB ASID \(vmid 1, asid 1\): ",
     ):
         assert re.search(line, text), line

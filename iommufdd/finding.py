@@ -10,15 +10,16 @@ from iommufd_uapi.events import NEVER_FLUSHED
 from .iommu.walk import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .iommu.endpoint import Endpoint
-    from .iommu.monitor import Invalidation
+    from .iommu.monitor import Due, Invalidation
     from .iommu.tlb import TlbEntry
     from .iommu.walk import Step
 
-DEVICE_TLB = "device TLB"  # as Invalidation.cache has it
 KEPT_TABLE = "paging-structure cache"
+CD_CACHE = "CD cache"
+_WORD = 2**64 - 1
 MAX_CAME = 3  # wrong invalidations that are named
 
 
@@ -41,10 +42,12 @@ class Change(NamedTuple):
     leaf: bool  # it mapped a page and maps one or nothing: no table was cached because of it
 
     def __str__(self) -> str:
-        return (
-            f"stage {self.stage} level {self.level}, the entry at {self.address:#x}: "
-            f"{self.was:#x} then, {self.now:#x} now"
-        )
+        if self.level > 0:
+            where, was, now = f"stage {self.stage} level {self.level}, the entry", self.was, self.now
+        else:
+            word, was, now = next(pair for pair in _words(self.was, self.now) if pair[1] != pair[2])
+            where = f"{'CD' if self.level == 0 else 'L1CD'}, word {word} of the entry"
+        return f"{where} at {self.address:#x}: {was:#x} then, {now:#x} now"
 
 
 def changed(then: Sequence[Step], now: Sequence[Step], ignored: int) -> tuple[Change | None, bool]:
@@ -91,14 +94,15 @@ class Finding:
 
     `first`, `last`: the input range of the translation. `cache`: what served it; the paging-structure cache also when
     a translation was made anew through a table that it has kept. `seq`, `age`: the translation was the cache's seq-th,
-    made so many DMAs before. `change`: None for tables that are not the user's. `right`: the invalidation to send.
+    made so many DMAs before. `change`: None for tables that are not the user's. `missing`: the invalidations to
+    send.
     """
 
     def __init__(
-        self, use: Use, first: int, last: int, *, cache: str, gave: str, says: str, change: Change | None, right: str,
-        reach: frozenset[object], at: int,
+        self, use: Use, first: int, last: int, *, cache: str, gave: str, says: str, change: Change | None,
+        due: Sequence[Due], at: int,
     ) -> None:  # fmt: skip
-        """reach: tags of the invalidations that drop it. at: the number of the DMA."""
+        """due: what has to come before it is right again. at: the number of the DMA."""
         self.use = use
         self.first = first
         self.last = last
@@ -106,8 +110,7 @@ class Finding:
         self.gave = gave
         self.says = says
         self.change = change
-        self.right = right
-        self.reach = reach
+        self.missing = self._due = list(due)
         self.at = at
         self.seq = 0
         self.age = 0
@@ -119,31 +122,34 @@ class Finding:
         self.handle: object = None  # the attachment it was used through
 
     @property
-    def leaf(self) -> bool:
-        """An invalidation of leaf entries is enough."""
-        return self.change is not None and self.change.leaf
+    def right(self) -> str:
+        """What has to be sent."""
+        return ", ".join(due.text for due in self.missing)
 
     @property
     def since(self) -> int:
         """The number of the DMA that made what was stale; 0 for a kept table, which is older than the translation."""
-        return 0 if self.cache == KEPT_TABLE else self.at - self.age
+        return 0 if self.cache in (KEPT_TABLE, CD_CACHE) else self.at - self.age
 
-    def refusal(self, what: Invalidation) -> str:
-        """Why an invalidation does not drop what was used; empty when it does."""
-        if not self._reaches(what):
+    def _refusal(self, due: Due, what: Invalidation) -> str:
+        """Why an invalidation is not the one that is due; empty when it is."""
+        if not _reaches(due, what):
             return "it is tagged for another address space"
         if what.first > self.last or what.last < self.first:
             return f"{what.first:#x}..{what.last:#x} does not cover it"
-        if what.leaf and not self.leaf:
+        if what.leaf and not due.leaf:
             return "LEAF leaves the tables that are kept, and the entry that changed is no leaf"
         return ""
 
-    def concerns(self, what: Invalidation) -> bool:
-        """An invalidation of the kind of cache that served it."""
-        return (what.cache == DEVICE_TLB) == (self.cache == DEVICE_TLB)
+    def covered(self, what: Invalidation) -> bool:
+        """An invalidation has come: nothing is due any more."""
+        self._due = [due for due in self._due if not self._is(due, what)]
+        if self.outcome is Outcome.PENDING and self._due:
+            self.missing = self._due
+        return not self._due
 
-    def _reaches(self, what: Invalidation) -> bool:
-        return what.granularity == "all" or what.tag in self.reach
+    def _is(self, due: Due, what: Invalidation) -> bool:
+        return (what.user or not due.user) and _concerns(due, what) and not self._refusal(due, what)
 
     def settle(self, outcome: Outcome, log: Sequence[Came]) -> None:
         """It is decided; log has the invalidations that came."""
@@ -157,7 +163,7 @@ class Finding:
         for came in log:
             rank, distance, why = min(map(self._rank, came.commands), default=(3, 0, "no device uses that HWPT"))
             if rank == 4:
-                why = "that was before the change, and the page was cached again"
+                why = why or "that was before the change, and the page was cached again"
             elif came.at < self.since:
                 continue
             if rank < 5:
@@ -168,19 +174,25 @@ class Finding:
         return list(best.values())[:MAX_CAME]
 
     def _rank(self, what: Invalidation) -> tuple[int, int, str]:
+        """As the likeliest of what is missing."""
+        return min(self._rank_as(due, what) for due in self.missing)
+
+    def _rank_as(self, due: Due, what: Invalidation) -> tuple[int, int, str]:
         """(how unlikely it was meant for this, the distance of its range, what is wrong with it).
 
         0: of leaf entries only; 1: of another address space, but this range; 2: of another range; 4: nothing is
         wrong but the time; 5: it has nothing to do with this.
         """
         distance = max(what.first - self.last, self.first - what.last, 0)
-        why = self.refusal(what)
-        if not self.concerns(what):
+        why = self._refusal(due, what)
+        if not _concerns(due, what):
             rank = 5
-        elif not self._reaches(what):
+        elif not _reaches(due, what):
             rank = 5 if distance else 1
         else:
             rank = 2 if distance else 0 if why else 4
+            if rank == 4 and due is not self.missing[0]:
+                why = f"the {self.missing[0].cache} had not been told, and the page was cached again"
         return rank, distance, why
 
     def __str__(self) -> str:
@@ -200,6 +212,21 @@ class Finding:
             f"  right: {self.right}",
             *(f"  came: {text}" for text in self.came),
         ]
+
+
+def _words(was: int, now: int) -> Iterator[tuple[int, int, int]]:
+    """(number, word then, word now) of two entries of several 64 bit words."""
+    for word in range(max(was.bit_length(), now.bit_length(), 1) + 63 >> 6):
+        yield word, was >> 64 * word & _WORD, now >> 64 * word & _WORD
+
+
+def _concerns(due: Due, what: Invalidation) -> bool:
+    """It drops from that cache; what forgets an STE forgets its CDs."""
+    return what.cache == due.cache or (due.cache == CD_CACHE and what.cache == "STE cache")
+
+
+def _reaches(due: Due, what: Invalidation) -> bool:
+    return what.tag == "all" or what.tag in due.reach
 
 
 def gave(entry: TlbEntry, iova: int, *, nested: bool) -> str:

@@ -15,10 +15,10 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from .finding import DEVICE_TLB, KEPT_TABLE, Came, Finding, Outcome, Use, changed, gave
+from .finding import CD_CACHE, KEPT_TABLE, Came, Finding, Outcome, Use, changed, gave
 from .iommu.endpoint import TranslatingIommu
-from .iommu.monitor import Monitor
-from .iommu.ops import IOMMU_NO_PASID
+from .iommu.monitor import DEVICE_TLB, Monitor
+from .iommu.ops import IOMMU_NO_PASID, DomainType
 from .iommu.walk import TranslationFault, Why
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .finding import Change
     from .iommu.endpoint import Endpoint
-    from .iommu.monitor import Invalidation
+    from .iommu.monitor import Due, Invalidation
     from .iommu.ops import Domain
     from .iommu.replace import Switch
     from .iommu.tlb import TlbEntry
@@ -37,8 +37,6 @@ MAX_SHOWN = 32  # findings in a summary
 MAX_USELESS = 32
 MAX_LOG = 256  # invalidations remembered, to name a wrong one
 STATUS = 66  # exit status of `run --sanitize=fail`, as ThreadSanitizer's
-
-NOBODY = "none by a user: the driver flushes what it changes"
 
 
 class Mode(enum.Enum):
@@ -54,13 +52,15 @@ class SanitizedIommu(TranslatingIommu, Protocol):
     """A model that has the words."""
 
     hardware_bits: int  # of a table entry, that walks set by themselves
+    user_pasid_table: bool  # a nested domain translates all PASIDs of the device
 
-    def reach(self, dev: Endpoint, pasid: int | None) -> frozenset[object]:
-        """The tags (Invalidation.tag) of the invalidations that drop what this requester has cached."""
-        ...
+    def due(
+        self, dev: Endpoint, pasid: int | None, iova: int, access: int, level: int | None, *, leaf: bool, cache: str
+    ) -> list[Due]:
+        """The invalidations that are missing, at least one, as an entry of this level for iova has changed.
 
-    def flush_for(self, dev: Endpoint, pasid: int | None, iova: int, level: int, *, leaf: bool) -> str:
-        """The user's invalidation that has to follow a change of the entry of this level for iova."""
+        level: as Step has it; None when no entry of the user's has. leaf: it was and is a leaf. cache: that used it.
+        """
         ...
 
 
@@ -219,12 +219,14 @@ class Sanitizer(Monitor):
     def _finding(self, use: Use, first: int, last: int, cache: str, change: Change | None) -> Finding:
         iommu = use.dev.iommu
         assert isinstance(iommu, SanitizedIommu)
-        right = NOBODY
-        if change is not None:
-            right = iommu.flush_for(use.dev, use.pasid, use.iova, change.level, leaf=change.leaf)
-        finding = Finding(use, first, last, cache=cache, gave="", says="", change=change, right=right,
-                          reach=iommu.reach(use.dev, use.pasid), at=self.counts.checked)  # fmt: skip
-        finding.handle = use.dev.group.handles.get(use.pasid or IOMMU_NO_PASID)
+        level, leaf = (None, False) if change is None else (change.level, change.leaf)
+        due = iommu.due(*use, level, leaf=leaf, cache=cache)
+        if cache == KEPT_TABLE and due[0].cache == CD_CACHE:
+            cache = CD_CACHE
+        finding = Finding(use, first, last, cache=cache, gave="", says="", change=change, due=due,
+                          at=self.counts.checked)  # fmt: skip
+        handles = use.dev.group.handles
+        finding.handle = handles.get(use.pasid or IOMMU_NO_PASID) or handles.get(IOMMU_NO_PASID)
         return finding
 
     def _add(self, key: object, finding: Finding) -> None:
@@ -270,14 +272,11 @@ class Sanitizer(Monitor):
             self._commands.append(what.bare())
             self._useful = self._useful or bool(what.dropped or what.tables)
         for known in (self._pending, self._never):
-            covered = [key for key, finding in known.items() if self._covers(what, finding)]
+            covered = [key for key, finding in known.items() if finding.covered(what)]
             for key in covered:
                 finding = known.pop(key)
                 if known is self._pending:
                     self._raced(finding)
-
-    def _covers(self, what: Invalidation, finding: Finding) -> bool:
-        return (what.user or finding.change is None) and finding.concerns(what) and not finding.refusal(what)
 
     def _raced(self, finding: Finding) -> None:
         finding.settle(Outcome.RACED, ())
@@ -299,9 +298,17 @@ class Sanitizer(Monitor):
 
     def switched(self, switch: Switch) -> None:
         """Detach and replace flush everything, which comes too late for what the user forgot."""
-        end = switch.dev, switch.pasid
-        self._end(lambda finding: (finding.use.dev, finding.use.pasid or IOMMU_NO_PASID) == end)
-        self._forget(lambda finding: (finding.use.dev, finding.use.pasid or IOMMU_NO_PASID) == end)
+        iommu = switch.dev.iommu
+        assert isinstance(iommu, SanitizedIommu)
+        nested = switch.old is not None and switch.old.type is DomainType.NESTED
+        whole = nested and iommu.user_pasid_table
+
+        def ends(finding: Finding) -> bool:
+            number = finding.use.pasid or IOMMU_NO_PASID
+            return finding.use.dev is switch.dev and (whole or number == switch.pasid)
+
+        self._end(ends)
+        self._forget(ends)
 
     def freed(self, domain: Domain) -> None:
         self._end(lambda finding: getattr(finding.handle, "domain", None) is domain)

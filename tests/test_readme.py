@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_prototype_is_the_example_and_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert block == (ROOT / "clients/examples/vmm.py").read_text()
     assert 35 <= len(block.splitlines()) <= 50, "about 40 lines"
     environ = {key: value for key, value in os.environ.items() if key != "IOMMUFDD_SOCKET"}
@@ -27,6 +27,17 @@ def test_the_prototype_is_the_example_and_runs() -> None:
     assert "the guest reads b'from the device'" in done.stdout
     assert "is in use by" in done.stdout
     assert f"```\n{done.stdout}```" in README
+
+
+def test_the_guest_with_an_smmuv3_is_the_example_and_runs() -> None:
+    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block == (ROOT / "clients/examples/smmuv3.py").read_text()
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=60)
+    first, second, told = done.stdout.splitlines()
+    assert first == "the guest reads b'through both stages'"
+    assert second.startswith("vfio1: fault 0x10: no translation, stage 1 level 1, iova 0x1000")
+    assert told.startswith("the guest is told F_TRANSLATION ")
+    assert f"`{told}`" in README
 
 
 def test_the_unmodified_program_runs() -> None:

@@ -115,11 +115,14 @@ DEMO_EPILOG = """\
 demos:
   vtd     a guest's page table nested on Intel VT-d: DMA through both stages, a page fault, a forgotten
           invalidation, replace under traffic (the default)
+  smmuv3  a vIOMMU on ARM SMMUv3: two vDEVICEs, DMA through a guest's CDs, invalidations by vSID, events read back
+          until the queue overflows
   mock    with the kernel selftest's device: address space, DMA, dirty tracking, calls that fail and why
   kvm     a device walks a VM's own page table: nothing is pinned, what misses is asked for, what goes is flushed
 
 examples:
   iommufdctl demo
+  iommufdctl demo smmuv3
   iommufdctl demo kvm
 """
 
@@ -310,7 +313,7 @@ def _ioctls(args: argparse.Namespace) -> int:
     return 0
 
 
-DEMOS = {"kvm": "demo_kvm", "mock": "demo", "vtd": "demo_vtd"}  # the modules
+DEMOS = {"kvm": "demo_kvm", "mock": "demo", "smmuv3": "demo_smmuv3", "vtd": "demo_vtd"}  # the modules
 
 
 def _demo(args: argparse.Namespace) -> int:

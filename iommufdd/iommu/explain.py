@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 from .walk import READ, WRITE, During
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .endpoint import Endpoint
     from .ops import Translation
-    from .tlb import TlbEntry
+    from .tlb import Space, TlbEntry
     from .walk import Step, TranslationFault
 
 
@@ -78,6 +80,28 @@ def rights(entry: TlbEntry) -> str:
 def where(entry: TlbEntry, iova: int) -> str:
     """Which memory a translation gives for iova."""
     return f"{entry.file} + {entry.pos + iova - entry.first:#x}"
+
+
+def kernels(what: str, depth: int, table: Translation | None, at: int) -> Row:
+    """A look into a table of the kernel's own, which has no bytes."""
+    mapped = table is not None and table.extent(at) is not None
+    return Row(what, depth, bits="" if mapped else "nothing is mapped", table=table, at=at)
+
+
+def translations(
+    what: str, space: Space, iova: int, access: int, entry: TlbEntry | None, fault: TranslationFault | None
+) -> Iterator[Row]:
+    """What a cache has for iova; entry, fault: what memory says."""
+    for found in space.overlapping(iova, iova):
+        differs = ""
+        if not found.allowed >> access & 1:
+            pass  # it is no answer to this access: a DMA walks
+        elif entry is None:
+            differs = f"memory: fault {fault.code:#x}, {fault.name}" if fault is not None else ""
+        elif not found.same_as(entry):
+            differs = f"memory: {where(entry, iova)}"
+        bits = f"{found.first:#x}..{found.last:#x} {rights(found)}"
+        yield Row(what, bits=bits, leads=where(found, iova), differs=differs)
 
 
 def amount(size: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .dma import Dma
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .replace import Switch
     from .tlb import TlbEntry
     from .walk import TranslationFault
+
+
+DEVICE_TLB = "device TLB"  # as Invalidation.cache has it
+NOBODY = "none by a user: the driver flushes what it changes"
 
 
 class Invalidation:
@@ -48,6 +52,16 @@ class Invalidation:
         command = f" ({self.command})" if self.command else ""
         leaf = " leaf" if self.leaf else ""
         return f"{self.cache} invalidation{command}, {self.granularity} {self.tag}{where}{leaf}"
+
+
+class Due(NamedTuple):
+    """An invalidation that is still missing before a translation is what memory says."""
+
+    cache: str  # as Invalidation has it
+    text: str  # as its sender writes it
+    reach: frozenset[object]  # tags of the invalidations that will do
+    leaf: bool = False  # one of leaf entries will do
+    user: bool = True  # the client has to send it, not the driver
 
 
 class Monitor:

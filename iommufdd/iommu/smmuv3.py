@@ -8,6 +8,7 @@ import iommufd_uapi.iommufd as uapi
 from iommufd_uapi.smmuv3 import Config, Eats, EventRecord, Rgn, S1Dss, Sh, Ste
 from iommufdd.errors import EINVAL, EOPNOTSUPP, IommufdError
 
+from .lpae import AF
 from .ops import Cap, Device, Domain
 from .smmuv3_domain import SmmuBlocked, SmmuPaging
 from .smmuv3_hw import SmmuV3Hardware
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from iommufdd.user_data import UserData
 
     from .endpoint import Endpoint
+    from .explain import Explanation, Row
     from .group import IommuGroup
+    from .monitor import Due
     from .ops import ViommuDriver, ViommuPort
+    from .walk import Step
 
 PAGING_FLAGS = uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | uapi.IOMMU_HWPT_ALLOC_PASID | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT
 
@@ -56,6 +60,7 @@ class SmmuV3(SmmuV3Hardware):
     driver = "arm-smmu-v3"
     user_pasid_table = True
     page_request_flags = 0
+    hardware_bits = AF
 
     def __init__(self, description: SmmuV3Iommu) -> None:
         super().__init__(description)
@@ -135,6 +140,37 @@ class SmmuV3(SmmuV3Hardware):
         if viommu.viommu_type == uapi.IOMMU_VIOMMU_TYPE_TEGRA241_CMDQV:
             return Vintf(self, viommu, parent, user_data)
         return Vsmmu(self, viommu, parent)
+
+    # ---- for people and the sanitizer ----
+
+    def tag_words(self, tag: object) -> str:
+        """The tag of an Invalidation: "vmid 1", "vmid 1, asid 5", "vfio0", "vfio0, ssid 3", "all"."""
+        if not isinstance(tag, tuple):
+            return f"vmid {tag}" if isinstance(tag, int) else str(tag)
+        of, number = tag
+        if isinstance(of, int):
+            return f"vmid {of}, asid {number}"
+        return str(of) if number is None else f"{of}, ssid {number}"
+
+    def explain(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> Explanation:
+        """The translation of one address, entry by entry, and what is cached of it."""
+        from .smmuv3_explain import explain
+
+        return explain(self, dev, pasid, iova, access)
+
+    def step(self, step: Step) -> Row:
+        """An entry that a walk has used."""
+        from .smmuv3_explain import step_row
+
+        return step_row(step)
+
+    def due(
+        self, dev: Endpoint, pasid: int | None, iova: int, access: int, level: int | None, *, leaf: bool, cache: str
+    ) -> list[Due]:
+        """The commands that are missing."""
+        from .smmuv3_due import due
+
+        return due(self, dev, pasid, iova, access, level, leaf=leaf, cache=cache)
 
     # ---- page requests and events ----
 

@@ -95,6 +95,7 @@ class Attach:
             paging.users[User(master, new, ssid)] = Use(self.ats, iopf)
         if not self.ats and master.ats_enabled:
             master.disable_ats()
+        self._switch = Switch(master, ssid, old, new)
 
     # ---- the stores ----
 
@@ -112,7 +113,7 @@ class Attach:
             master.ste_ats_enabled = ste.eats == Eats.TRANS
         if clear and table is not None and table.has_leaf(self.ssid):
             plan.append(Write(table, self.ssid, ZERO, CD_FORMAT))
-        _carry_out(Switch(master, self.ssid, self.old, self.new), master, plan)
+        _carry_out(self._switch, master, plan)
 
     def commit(self) -> None:
         """arm_smmu_attach_commit(): caches of the device, then what the old domain had of it."""
@@ -124,6 +125,7 @@ class Attach:
         elif self.ats:
             _atc_inv(master, self.ssid)
         leave(master, self.ssid, self.old)
+        _tell(self._switch, master)
 
 
 def paging_of(domain: Domain | None) -> TableDomain | None:
@@ -147,12 +149,15 @@ def leave(master: Master, ssid: int, old: Domain | None) -> None:
 
 def remove_pasid(master: Master, ssid: int, old: Domain | None, blocked: Domain) -> None:
     """arm_smmu_blocking_set_dev_pasid(): clear the CD."""
-    table = master.cd_table
+    table, switch = master.cd_table, None
     if table is not None and table.has_leaf(ssid):
-        _carry_out(Switch(master, ssid, old, blocked), master, [Write(table, ssid, ZERO, CD_FORMAT)])
+        switch = Switch(master, ssid, old, blocked)
+        _carry_out(switch, master, [Write(table, ssid, ZERO, CD_FORMAT)])
     if master.ats_enabled:
         _atc_inv(master, ssid)
     leave(master, ssid, old)
+    if switch is not None:
+        _tell(switch, master)
 
 
 def _enable_iopf(master: Master, new: Domain) -> bool:
@@ -187,6 +192,10 @@ def _carry_out(switch: Switch, master: Master, plan: list[Write]) -> None:
     for write in plan:
         _count(master, write)
         _write(master, write, note)
+
+
+def _tell(switch: Switch, master: Master) -> None:
+    """All caches have been told."""
     for monitor in master.smmu.monitors:
         monitor.switched(switch)
 

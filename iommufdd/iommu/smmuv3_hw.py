@@ -14,7 +14,7 @@ from .smmuv3_regs import AIDR, NONE, TEXT, TRANSLATION_RELATED, event, idr, reco
 from .smmuv3_ste import ENTRY_SIZE, WORDS, ZERO, Words
 from .smmuv3_tables import CdTable, StreamTable
 from .smmuv3_walk import Context, Stage2, Walk, retagged
-from .walk import During, TranslationFault
+from .walk import During, Step, TranslationFault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .smmuv3_domain import SmmuPaging
     from .smmuv3_master import Master
     from .tlb import TlbEntry
+    from .walk import RawStep
 
 EVENTS_KEPT = 256
 DECODED_KEPT = 4096
@@ -88,7 +89,7 @@ class SmmuV3Hardware(CommandQueue):
         self.stored: Callable[[Endpoint, int], None] | None = None  # after every store to an STE or CD
         self._roots: dict[int, SmmuPaging] = {}  # the kernel's own translation tables by address
         self._streams: dict[Words, Stream] = {}  # STEs that can be used, decoded
-        self._decoded: dict[tuple[Words, Words, int], Context] = {}  # what bytes mean, while the roots are the same
+        self._decoded: dict[object, Context] = {}  # what bytes mean, while the roots are the same
 
     def new_cd_table(self, dev: Master, s1cdmax: int) -> CdTable:
         """An empty one."""
@@ -132,26 +133,31 @@ class SmmuV3Hardware(CommandQueue):
     def walk_fresh(self, dev: Endpoint, pasid: int | None, iova: int, access: int) -> TlbEntry:
         """What memory says now: no cache is used or filled, no flag is set, nothing is recorded. TranslationFault."""
         try:
-            context = self._decode(master_of(dev), pasid, cached=False)
+            context = self.decode(master_of(dev), pasid, cached=False)
             untagged = context.untagged(iova)
             entry = Walk(context, cached=False).translate(untagged, access)
             return entry if untagged == iova else retagged(entry, iova, untagged)
         except TranslationFault as fault:
-            self._name(fault)
+            self.name_fault(fault)
             raise
 
     # ---- configuration ----
 
+    def second_stage(self, dev: Master) -> SmmuPaging | None:
+        """The kernel's table that the STE of a device names as its second stage."""
+        ste = Ste.of(self.stream_table.read(dev.sid))
+        return self._roots.get(ste.s2ttb) if ste.config & 2 else None
+
     def _context(self, dev: Master, pasid: int | None) -> Context:
-        context = self._decode(dev, pasid, cached=True)
+        context = self.decode(dev, pasid, cached=True)
         self.contexts.keep((dev, pasid), context)
         return context
 
-    def _decode(self, dev: Master, pasid: int | None, *, cached: bool) -> Context:
+    def decode(self, dev: Master, pasid: int | None, *, cached: bool) -> Context:
         """STE and CD of a request. TranslationFault with its event."""
         stream = self.stes.entries.get(dev) if cached else None
         if stream is None:
-            stream = self._stream(dev)
+            stream = self.stream(dev)
             if cached:
                 self.stes.keep(dev, stream)
         ste = stream.ste
@@ -167,11 +173,16 @@ class SmmuV3Hardware(CommandQueue):
             if pasid == 0 and ste.s1dss == S1Dss.SSID0:
                 raise refusal(EventId.F_STREAM_DISABLED)
         ssid = pasid or 0
-        words = self._cd_words(dev, ste, ssid, cached=cached)
-        known = self._decoded.get((stream.words, words, ssid))
-        return known or self._build(stream, self._cd(ste, words), ssid, words)
+        steps: list[RawStep] = []
+        try:
+            words = self._cd_words(dev, ste, ssid, steps, cached=cached)
+            known = self._decoded.get((stream.words, words, ssid, *steps))
+            return known or self._build(stream, self._cd(ste, words), ssid, words, tuple(steps))
+        except TranslationFault as fault:
+            fault.steps = tuple(map(Step._make, steps))
+            raise
 
-    def _stream(self, dev: Master) -> Stream:
+    def stream(self, dev: Master) -> Stream:
         """The STE of a device. TranslationFault."""
         if dev.sid not in self.stream_table:
             raise refusal(EventId.C_BAD_STREAMID)
@@ -205,8 +216,8 @@ class SmmuV3Hardware(CommandQueue):
         stream = self.stes.entries.get(master)
         return ssid // LEAF_CDS[stream.ste.s1fmt] if stream is not None and stream.ste.s1fmt in LEAF_CDS else 0
 
-    def _cd_words(self, dev: Master, ste: Ste, ssid: int, *, cached: bool) -> Words:
-        """A CD of the kernel's or, through stage 2, of a guest's table. TranslationFault."""
+    def _cd_words(self, dev: Master, ste: Ste, ssid: int, steps: list[RawStep], *, cached: bool) -> Words:
+        """A CD of the kernel's or, through stage 2, of a guest's table, whose entries are steps. TranslationFault."""
         if not ste.config & 2:
             table = self.cd_tables.get(ste.s1contextptr)
             if table is None:
@@ -219,23 +230,25 @@ class SmmuV3Hardware(CommandQueue):
         address = ste.s1contextptr + ENTRY_SIZE * ssid
         leaf = LEAF_CDS.get(ste.s1fmt, 0) if ste.s1cdmax else 0
         if leaf:
-            l1cd = self._l1cd(dev, ste.s1contextptr, ssid // leaf, stage2)
+            l1cd = self._l1cd(dev, ste.s1contextptr, ssid // leaf, stage2, steps)
             address = l1cd.l2ptr + ENTRY_SIZE * (ssid % leaf)
         data = stage2.read(address, ENTRY_SIZE)
         if data is None:
             raise refusal(EventId.F_CD_FETCH, address)
+        steps.append((1, 0, address, int.from_bytes(data, "little")))
         return WORDS.unpack(data)
 
-    def _l1cd(self, dev: Master, table: int, index: int, stage2: Stage2) -> L1Cd:
+    def _l1cd(self, dev: Master, table: int, index: int, stage2: Stage2, steps: list[RawStep]) -> L1Cd:
         word = self.l1cds.entries.get((dev, index)) if stage2.cached else None
+        address = table + L1Cd.SIZEOF * index
         if word is None:
-            address = table + L1Cd.SIZEOF * index
             data = stage2.read(address, L1Cd.SIZEOF)
             if data is None:
                 raise refusal(EventId.F_CD_FETCH, address)
             word = int.from_bytes(data, "little")
             if stage2.cached:
                 self.l1cds.keep((dev, index), word)
+        steps.append((1, -1, address, word))
         l1cd = L1Cd.of((word,))
         if not l1cd.v or l1cd.l2ptr >> self.description.oas:
             raise refusal(EventId.C_BAD_SUBSTREAMID)
@@ -262,7 +275,9 @@ class SmmuV3Hardware(CommandQueue):
             raise refusal(EventId.C_BAD_STE)
         return parent
 
-    def _build(self, stream: Stream, cd: Cd | None, ssid: int, words: Words) -> Context:
+    def _build(
+        self, stream: Stream, cd: Cd | None, ssid: int, words: Words, steps: tuple[RawStep, ...] = ()
+    ) -> Context:
         """What an STE and its CD mean; without a CD stage 2 alone translates."""
         ste = stream.ste
         if ste.config & 2:
@@ -275,21 +290,22 @@ class SmmuV3Hardware(CommandQueue):
         asid = STAGE2 if cd is None else cd.asid
         space = self.iotlb.space((ste.s2vmid, asid))
         tables = self.iotlb.space((ste.s2vmid, TABLES))
-        context = Context(ste, cd, ssid, domain, space, tables, self.description.oas)
+        context = Context(ste, cd, ssid, domain, space, tables, self.description.oas, words, steps)
         if cd is not None:
-            _remember(self._decoded, (stream.words, words, ssid), context)
+            _remember(self._decoded, (stream.words, words, ssid, *steps), context)
         return context
 
     # ---- events ----
 
-    def _name(self, fault: TranslationFault) -> None:
+    def name_fault(self, fault: TranslationFault) -> None:
+        """Give it SMMUv3's event number and words."""
         if not fault.name:
             code = event(fault)
             fault.code, fault.name = code, TEXT[code]
 
     def _refuse(self, dev: Master, pasid: int | None, iova: int, access: int, fault: TranslationFault) -> None:
         """Name the fault; stall, or record it if it is of those that are recorded."""
-        self._name(fault)
+        self.name_fault(fault)
         if dev.tlb is not None and fault.code != EventId.F_BAD_ATS_TREQ:
             return  # a translation request (ATS) gets its answer, and no event (7.3.6)
         context = self.contexts.entries.get((dev, pasid)) if fault.stage else None
@@ -309,7 +325,7 @@ class SmmuV3Hardware(CommandQueue):
         """Where no cache keeps it; a CD that cannot be fetched has none."""
         if fault.during is During.CONTEXT:
             return None
-        return self._decode(dev, pasid, cached=False)
+        return self.decode(dev, pasid, cached=False)
 
     def record_event(
         self, dev: Master, pasid: int | None, iova: int, access: int, fault: TranslationFault, stag: int | None = None
@@ -317,6 +333,7 @@ class SmmuV3Hardware(CommandQueue):
         """Write the event record and let the driver see it."""
         entry = record(fault, dev.sid, pasid, iova, access, stag)
         self.event_count[EventId(fault.code)] += 1
+        dev.counters.faults += 1
         self.events.append(Event(dev, entry, stag is None and self.handle_event(dev, entry)))
         for monitor in self.monitors:
             monitor.fault(dev, pasid, iova, access, fault)

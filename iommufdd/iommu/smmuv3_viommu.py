@@ -61,14 +61,22 @@ class Vsmmu:
         kind = uapi.IOMMU_VIOMMU_INVALIDATE_DATA_ARM_SMMUV3
         whole = type(array)(array.caller, array.data_type, array.uptr, array.entry_len, total)
         entries = whole.copy_all(uapi.ViommuArmSmmuv3Invalidate, kind)
-        batch: list[Command] = []
+        batch: list[tuple[Command, str]] = []
         for entry in entries:
-            batch.append(self._convert(Cmd.decode(entry.pack())))
+            command = Cmd.decode(entry.pack())
+            text = f"CMD_{command} on {self.core}" if self.smmu.monitors else ""  # before the host's ids are in it
+            batch.append((self._convert(command), text))
             array.entry_num += 1
             if len(batch) == BATCH or array.entry_num == total:
-                for command in batch:
-                    self.smmu.execute(command, user=True)
+                self._issue(batch)
                 batch.clear()
+
+    def _issue(self, batch: list[tuple[Command, str]]) -> None:
+        """arm_smmu_cmdq_issue_cmdlist()"""
+        for command, text in batch:
+            self.smmu.execute(command, user=True)
+            for monitor in self.smmu.monitors:
+                monitor.flushed(text)
 
     def _convert(self, command: Command) -> Command:
         """arm_vsmmu_convert_user_cmd(): the host's VMID and StreamID in the place of the guest's. EIO."""

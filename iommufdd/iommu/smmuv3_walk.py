@@ -13,6 +13,7 @@ from iommufd_uapi.smmuv3 import Cd, Ste
 from iommufdd.errors import IommufdError
 
 from . import lpae
+from .smmuv3_ste import ZERO, Words
 from .tlb import Space, TlbEntry
 from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Leaf, Step, TranslationFault, Why, allowed
 
@@ -38,12 +39,15 @@ class Kept(NamedTuple):
 class Context:
     """An STE with the CD that it leads to, decoded, and the caches that their tags select."""
 
-    __slots__ = ("cd", "domain", "oas", "regimes", "space", "ssid", "ste", "tables", "tagged")
+    __slots__ = ("cd", "cd_words", "domain", "oas", "regimes", "space", "ssid", "ste", "steps", "tables", "tagged")
 
     def __init__(
-        self, ste: Ste, cd: Cd | None, ssid: int, domain: SmmuPaging, space: Space, tables: Space, oas: int
-    ) -> None:
+        self, ste: Ste, cd: Cd | None, ssid: int, domain: SmmuPaging, space: Space, tables: Space, oas: int,
+        cd_words: Words = ZERO, steps: tuple[RawStep, ...] = (),
+    ) -> None:  # fmt: skip
         """domain: the kernel's table. ssid: index of the CD. tables: what stage 2 gives for pages of stage-1 tables.
+
+        steps: the guest's L1CD and CD.
 
         Without a CD stage 2 alone translates; with a CD and an STE without stage 2 the domain is its stage 1.
         """
@@ -54,6 +58,8 @@ class Context:
         self.space = space
         self.tables = tables
         self.oas = oas
+        self.cd_words = cd_words
+        self.steps = steps
         self.regimes: tuple[tuple[lpae.Rules, lpae.Start], ...] = ()
         self.tagged = (False, False)  # TBI of the halves
         if cd is not None:
@@ -173,7 +179,7 @@ class Walk:
             else:
                 entry = self._first(iova, access)
         except TranslationFault as fault:
-            fault.steps = tuple(map(Step._make, self._steps))
+            fault.steps = tuple(map(Step._make, (*context.steps, *self._steps)))
             raise
         if self._cached:
             context.space.insert(entry)
@@ -243,7 +249,7 @@ class Walk:
             raise
         if self._cached:
             self._keep(rules, start, before, iova)
-        steps[:0] = before
+        steps[:0] = (*self._context.steps, *before)
         ipa = leaf.out + iova - leaf.first
         extent, rights = stage2.translate(ipa, access & ~PRIV, During.ACCESS)
         return _combined(leaf, iova, ipa, extent, rights, tuple(steps))

@@ -11,6 +11,7 @@ import iommufd_uapi.iommufd as uapi
 from iommufdd.errors import ENOSPC, EOPNOTSUPP
 
 from .endpoint import Endpoint
+from .monitor import DEVICE_TLB, NOBODY, Due
 from .ops import IOMMU_NO_PASID, Cap, Device, Domain
 from .replace import Store, Switch
 from .vtd_domain import VtdBlocked, VtdDomain, VtdNested, VtdPaging, flush_words, new_nested
@@ -160,7 +161,7 @@ class Vtd(VtdHardware):
 
     # ---- for the sanitizer ----
 
-    def reach(self, dev: Endpoint, pasid: int | None) -> frozenset[object]:
+    def _reach(self, dev: Endpoint, pasid: int | None) -> frozenset[object]:
         """The tags of the invalidations that drop what this requester has cached."""
         number = pasid or IOMMU_NO_PASID
         context = self.contexts.entries.get((dev, pasid))
@@ -169,7 +170,17 @@ class Vtd(VtdHardware):
             tags |= {context.entry.did, (context.entry.did, number)}
         return frozenset(tags)
 
-    def flush_for(self, dev: Endpoint, pasid: int | None, iova: int, level: int, *, leaf: bool) -> str:
+    def due(
+        self, dev: Endpoint, pasid: int | None, iova: int, access: int, level: int | None, *, leaf: bool, cache: str
+    ) -> list[Due]:
+        """The user's invalidation, which drops from both caches, or the driver's."""
+        where = cache if cache == DEVICE_TLB else "IOTLB"
+        reach = self._reach(dev, pasid)
+        if level is None:
+            return [Due(where, NOBODY, reach, user=False)]
+        return [Due(where, self._flush_for(dev, pasid, iova, level, leaf=leaf), reach, leaf=leaf)]
+
+    def _flush_for(self, dev: Endpoint, pasid: int | None, iova: int, level: int, *, leaf: bool) -> str:
         """The user's invalidation that has to follow a change of the first-stage entry of this level for iova."""
         handle = dev.group.handles.get(pasid or IOMMU_NO_PASID)
         size = 1 << 9 * level + 3

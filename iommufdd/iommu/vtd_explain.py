@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import vtd_ept, vtdss
-from .explain import Explanation, Row, amount, rights, where
+from .explain import Explanation, Row, amount, kernels, translations
 from .vtd_pasid import FIRST, NESTED, PASS_THROUGH, SECOND, PasidEntry
 from .vtd_walk import Kept
 from .walk import During, Step, TranslationFault
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .endpoint import Endpoint
-    from .ops import Translation
-    from .tlb import Space, TlbEntry
+    from .tlb import TlbEntry
     from .vtd_hw import VtdHardware
     from .vtd_walk import Context
 
@@ -86,29 +85,23 @@ def pasid_bits(e: PasidEntry) -> str:
     return " ".join(field for field in fields if field)
 
 
-def _kernels(what: str, depth: int, table: Translation | None, at: int) -> Row:
-    """A look into a table that has no bytes."""
-    mapped = table is not None and table.extent(at) is not None
-    return Row(what, depth, bits="" if mapped else "nothing is mapped", table=table, at=at)
-
-
 def _stages(
     context: Context, steps: tuple[Step, ...], entry: TlbEntry | None, fault: TranslationFault | None, iova: int
 ) -> Iterator[Row]:
-    kernels = context.domain.translation
+    table = context.domain.translation
     if context.ept is not None:
         yield from map(step_row, steps)
         return
     if context.entry.pgtt != NESTED:
-        yield _kernels("stage 1" if context.entry.pgtt == FIRST else "stage 2", 0, kernels, iova)
+        yield kernels("stage 1" if context.entry.pgtt == FIRST else "stage 2", 0, table, iova)
         return
     for step in steps:
-        yield _kernels("stage 2", 1, kernels, step.address)
+        yield kernels("stage 2", 1, table, step.address)
         yield step_row(step)
     if entry is not None:
-        yield _kernels("stage 2", 1, kernels, entry.ipa + iova - entry.first)
+        yield kernels("stage 2", 1, table, entry.ipa + iova - entry.first)
     elif fault is not None and fault.stage == 2 and fault.during is not During.UPDATE:
-        yield _kernels("stage 2", 1, kernels, fault.addr)
+        yield kernels("stage 2", 1, table, fault.addr)
 
 
 # ---- caches ------------------------------------------------------------------------------------------------
@@ -130,9 +123,9 @@ def _cached(
         elif used.ept is not None:
             yield from _kept(used, used.entry.aw + 2, iova, steps)
         tag = f"IOTLB, DID {used.entry.did}" + (f" PASID {used.pasid}" if used.entry.pgtt != SECOND else "")
-        yield from _translations(tag, used.space, iova, access, entry, fault)
+        yield from translations(tag, used.space, iova, access, entry, fault)
     if dev.tlb is not None and pasid in dev.tlb.spaces:
-        yield from _translations("device TLB", dev.tlb.spaces[pasid], iova, access, entry, fault)
+        yield from translations("device TLB", dev.tlb.spaces[pasid], iova, access, entry, fault)
 
 
 def _kept(context: Context, levels: int, iova: int, steps: tuple[Step, ...]) -> Iterator[Row]:
@@ -150,18 +143,3 @@ def _kept(context: Context, levels: int, iova: int, steps: tuple[Step, ...]) -> 
         elif (now.entry ^ last.entry) & ~SET_BY_WALKS:
             row = row._replace(differs=f"memory: {now.entry:#018x}")
         yield row
-
-
-def _translations(
-    what: str, space: Space, iova: int, access: int, entry: TlbEntry | None, fault: TranslationFault | None
-) -> Iterator[Row]:
-    for found in space.overlapping(iova, iova):
-        differs = ""
-        if not found.allowed >> access & 1:
-            pass  # it is no answer to this access: a DMA walks
-        elif entry is None:
-            differs = f"memory: fault {fault.code:#x}, {fault.name}" if fault is not None else ""
-        elif not found.same_as(entry):
-            differs = f"memory: {where(entry, iova)}"
-        bits = f"{found.first:#x}..{found.last:#x} {rights(found)}"
-        yield Row(what, bits=bits, leads=where(found, iova), differs=differs)

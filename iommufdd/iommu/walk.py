@@ -56,7 +56,7 @@ class Step(NamedTuple):
     """One entry that a walk has used."""
 
     stage: int
-    level: int  # of the entry: 1 maps the smallest pages; 0 is a context structure
+    level: int  # of the entry: 1 maps the smallest pages; 0 is a context structure, -1 one that leads to it
     address: int  # of the entry
     entry: int
 

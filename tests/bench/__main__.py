@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import depth, dirty, hardware, mapping, replay, roundtrip, sanitizer, startup, supervised
+from . import depth, dirty, hardware, mapping, replay, roundtrip, sanitizer, smmuv3, startup, supervised
 from .measure import Plan, Unavailable, measure
 from .table import as_json, progress, table
 
@@ -31,6 +31,7 @@ BENCHES: dict[str, Bench] = {
         supervised.BENCH,
         hardware.TRANSLATE,
         hardware.DMA,
+        smmuv3.BENCH,
     )
 }
 

@@ -256,6 +256,25 @@ def test_demo() -> None:
     assert done.stderr == ""
 
 
+def test_demo_of_smmuv3() -> None:
+    done = run("demo", "smmuv3")
+    assert done.returncode == 0, done.stderr + done.stdout
+    for said in (
+        "IOMMU_VDEVICE_ALLOC  ->  vfio1 is vSID 0x18",
+        "guest memory at 0x202000 has b'written by vfio1'",
+        "CD at 0x80080: epd1 v aa64 r a aset asid=0x2 ttb0=0x120000",
+        "stage 1 level 1 (Arm 3) at 0x123b38: V T AP1 AF nG 4 KiB page at 0x202000",
+        "vfio1 still reads b'written by vfio1'",
+        "right: CMD_CFGI_CD sid=0x18 leaf on viommu 5, CMD_TLBI_NH_ASID asid=0x2 on viommu 5",
+        "2 commands; vfio1 reads b'the other table!', vfio0 b'written by vfio0'",
+        "40 bytes, sequence 0: F_TRANSLATION sid=0x18 class=IN addr=0x7f123456c000",
+        "event 1, event 2, event 3, event 4, 7 LOST_EVENTS",
+        "objects left in the daemon: 0",
+    ):
+        assert said in done.stdout
+    assert done.stderr == ""
+
+
 def test_demo_of_the_mock() -> None:
     done = run("demo", "mock")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -28,6 +28,14 @@ import tests.core.harness  # noqa: F401
 
 CHILDREN = 2
 SECONDS = 20  # of processor time: a mutant that takes more hangs, which is noticed too
+
+
+class Suite(NamedTuple):
+    """Mutants, and what must notice them."""
+
+    mutants: Sequence[Mutant]
+    hardware: tuple[str, ...]  # how the names of the modules begin that are imported again
+    checks: Callable[[], Iterable[Callable[[], object]]]  # those that stop most mutants first
 
 
 class Mutant(NamedTuple):
@@ -256,13 +264,13 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 HARDWARE = ("walk", "x86_64", "tlb", "monitor", "replace", "dma", "endpoint", "vtd")
 
 
-def forget_hardware() -> None:
+def forget_hardware(hardware: tuple[str, ...]) -> None:
     """So that it is imported again."""
     for name in list(sys.modules):
         parts = name.split(".")
         if parts[:2] == ["tests", "iommu"] and len(parts) > 2:
             del sys.modules[name]
-        if parts[:2] == ["iommufdd", "iommu"] and len(parts) > 2 and parts[2].startswith(HARDWARE):
+        if parts[:2] == ["iommufdd", "iommu"] and len(parts) > 2 and parts[2].startswith(hardware):
             del sys.modules[name]
 
 
@@ -289,12 +297,12 @@ def checks() -> Iterator[Callable[[], object]]:
     yield from walks.values()
 
 
-def noticed(module: str, text: str) -> bool:
+def noticed(module: str, text: str, suite: Suite) -> bool:
     """In a child: some test fails."""
-    forget_hardware()
+    forget_hardware(suite.hardware)
     sys.meta_path.insert(0, Finder(module, text))
     try:
-        for one in checks():
+        for one in suite.checks():
             one()
     except BaseException as error:
         if "-v" in sys.argv:
@@ -303,7 +311,7 @@ def noticed(module: str, text: str) -> bool:
     return False
 
 
-def fork(module: str, text: str) -> int:
+def fork(module: str, text: str, suite: Suite) -> int:
     """The child's pid; it ends with 1 when a test failed, with 0 when none did, and by SIGPROF when it hangs."""
     sys.stdout.flush()
     pid = os.fork()
@@ -312,16 +320,17 @@ def fork(module: str, text: str) -> int:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         code = 2
         try:
-            code = int(noticed(module, text))
+            code = int(noticed(module, text, suite))
             sys.stdout.flush()
         finally:
             os._exit(code)
     return pid
 
 
-def run(numbers: Sequence[int]) -> list[Survived]:
+def run(numbers: Sequence[int], suite: Suite) -> list[Survived]:
     """The mutants that no test has noticed. The unchanged source must pass."""
-    status = os.waitpid(fork("x86_64", source("x86_64")), 0)[1]
+    first = suite.mutants[0].module
+    status = os.waitpid(fork(first, source(first), suite), 0)[1]
     assert status == 0, "the tests fail without any mutant"
     running: dict[int, int] = {}
     survived: list[Survived] = []
@@ -329,20 +338,21 @@ def run(numbers: Sequence[int]) -> list[Survived]:
     while waiting or running:
         while waiting and len(running) < CHILDREN:
             number = waiting.pop(0)
-            running[fork(MUTANTS[number].module, mutated(MUTANTS[number]))] = number
+            mutant = suite.mutants[number]
+            running[fork(mutant.module, mutated(mutant), suite)] = number
         pid, status = os.wait()
         number = running.pop(pid)
         assert status != 2 << 8
         if status == 0:
-            survived.append(Survived(number, MUTANTS[number]))
+            survived.append(Survived(number, suite.mutants[number]))
     return survived
 
 
-def main() -> int:
+def main(suite: Suite) -> int:
     """How many were noticed; 1 when fewer than 95 %."""
     start = time.monotonic()
-    numbers = [int(arg) for arg in sys.argv[1:] if arg.isdigit()] or range(len(MUTANTS))
-    survived = run(numbers)
+    numbers = [int(arg) for arg in sys.argv[1:] if arg.isdigit()] or range(len(suite.mutants))
+    survived = run(numbers, suite)
     for number, mutant in survived:
         print(f"survived: {number} {mutant.module}: {mutant.words}")
     print(f"{len(numbers) - len(survived)} of {len(numbers)} mutants noticed, {time.monotonic() - start:.1f} s")
@@ -350,4 +360,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Suite(MUTANTS, HARDWARE, checks)))

@@ -121,7 +121,7 @@ class Guest:
 
     def __init__(
         self, lab: SmmuLab, idev: IommufdDevice, *, vsid: int = 0x100, s1cdmax: int = 0, asid: int = 5,
-        s1dss: int = S1Dss.SSID0, eats: int = 0, **cd: int,
+        s1dss: int = S1Dss.SSID0, eats: int = 0, depth: int = 16, **cd: int,
     ) -> None:  # fmt: skip
         self.lab = lab
         self.idev = idev
@@ -136,7 +136,7 @@ class Guest:
             setattr(self.cd, name, value)
         self.store_cd(self.cd)
         self.ste = Ste.s1(CDS, s1cdmax=s1cdmax, s1dss=s1dss, eats=eats, s1stalld=not self.cd.s)
-        self.fd = lab.veventq(self.viommu)
+        self.fd = lab.veventq(self.viommu, depth)
 
     def store_cd(self, cd: Cd, ssid: int = 0) -> None:
         self.ram.write(CDS + 64 * ssid, cd.pack())

@@ -37,23 +37,23 @@ MUTANTS = (
     ),
     Mutant(
         "the tag is not looked at", FINDING,
-        "if not self._reaches(what):\n            return",
+        "if not _reaches(due, what):\n            return",
         "if False:\n            return",
     ),
     Mutant(
         "LEAF is not looked at", FINDING,
-        "if what.leaf and not self.leaf:",
+        "if what.leaf and not due.leaf:",
         "if False:",
     ),
     Mutant(
         "LEAF is never enough", FINDING,
-        "if what.leaf and not self.leaf:",
+        "if what.leaf and not due.leaf:",
         "if what.leaf:",
     ),
     Mutant(
         "any cache's invalidation will do", FINDING,
-        "return (what.cache == DEVICE_TLB) == (self.cache == DEVICE_TLB)",
-        "return True",
+        "return what.cache == due.cache or",
+        "return True or",
     ),
     Mutant(
         "bits that hardware sets count as changes", FINDING,
@@ -76,13 +76,13 @@ MUTANTS = (
         "elif False:",
     ),
     Mutant(
-        "the driver's flush settles a guest's change", SANITIZER,
-        "(what.user or finding.change is None) and ",
+        "the driver's flush settles a guest's change", FINDING,
+        "(what.user or not due.user) and ",
         "",
     ),
     Mutant(
-        "only a user's flush settles anything", SANITIZER,
-        "(what.user or finding.change is None)",
+        "only a user's flush settles anything", FINDING,
+        "(what.user or not due.user)",
         "what.user",
     ),
     Mutant(

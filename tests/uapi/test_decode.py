@@ -51,7 +51,8 @@ def passed(struct: Ioctl | VfioIoctl, view: Memory | None = None, *, device: boo
             iommufd.HwptVtdS1(flags=5, pgtbl_addr=0x1000, addr_width=48),
             "{flags=IOMMU_VTD_S1_SRE|IOMMU_VTD_S1_WPE, pgtbl_addr=0x1000, addr_width=48}",
         ),
-        (iommufd.IOMMU_HWPT_DATA_ARM_SMMUV3, iommufd.HwptArmSmmuv3(ste=(1, 2)), "{ste=[0x1, 0x2]}"),
+        (2, iommufd.HwptArmSmmuv3(ste=(11, 2)), "{ste={v config=S1_TRANS s1dss=SSID0}}"),
+        (2, iommufd.HwptArmSmmuv3(ste=(1, 1 << 63)), "{ste=[0x1, 0x8000000000000000]}"),
         (iommufd.IOMMU_HWPT_DATA_AMD_GUEST, iommufd.HwptAmdGuest(dte=(1, 2, 3, 4)), "{dte=[0x1, 0x2, 0x3, 0x4]}"),
         (77, iommufd.IovaRange(1, 2), "01000000 00000000 02000000 00000000"),
     ],
@@ -131,8 +132,12 @@ def test_records_of_a_veventq() -> None:
     data = iommufd.IommufdVeventHeader(sequence=3).pack() + iommufd.VeventArmSmmuv3(evt=(1, 2, 3, 4)).pack()
     found = decode.records("veventq", iommufd.IOMMU_VEVENTQ_TYPE_ARM_SMMUV3, data, Memory(), write=False)
     assert found == ["{flags=0, sequence=3} {evt=[0x1, 0x2, 0x3, 0x4]}"]
-    (unknown,) = decode.records("veventq", 99, data, Memory(), write=False)
-    assert unknown.startswith("{flags=0, sequence=3} 01000000 00000000")
+    data = iommufd.VeventArmSmmuv3(evt=(0x100 << 32 | 0x10, 1 << 35, 0x1000, 0)).pack()
+    header = iommufd.IommufdVeventHeader(sequence=4).pack()
+    found = decode.records("veventq", iommufd.IOMMU_VEVENTQ_TYPE_ARM_SMMUV3, header + data, Memory(), write=False)
+    assert found == ["{flags=0, sequence=4} {evt={F_TRANSLATION sid=0x100 rnw addr=0x1000}}"]
+    (unknown,) = decode.records("veventq", 99, header + data, Memory(), write=False)
+    assert unknown.startswith("{flags=0, sequence=4} 10000000 00010000")
 
 
 def test_many_records_are_a_few() -> None:

@@ -46,6 +46,34 @@ def test_bytes_come_back_without_what_is_reserved(cls: type[Bitfield], data: byt
     assert str(entry)
 
 
+@given(cls=st.sampled_from(CLASSES), data=st.binary(min_size=64, max_size=64))
+def test_construct_agrees(cls: type[Bitfield], data: bytes) -> None:
+    """construct's BitStruct comes of the same declaration, and reads and writes the same bytes."""
+    entry, container = cls.unpack(data), cls.describe(data)
+    theirs = {name: int(container[f"word{place.word}"][name]) for name, place in cls.FIELDS.items()}
+    assert theirs == {name: getattr(entry, name) for name in cls.FIELDS}
+    assert cls.bit_struct().build(container) == entry.pack()
+    assert cls.bit_struct().sizeof() == cls.SIZEOF
+
+
+def test_construct_prints_words_and_names() -> None:
+    shown = str(Ste.describe(Ste.s1(0x4000_0000, s1cdmax=4).pack()))
+    assert "word0 = Container" in shown
+    assert "config = (enum) S1_TRANS 5" in shown
+    assert f"s1contextptr = {0x4000_0000}" in shown
+
+
+def test_construct_is_imported_when_it_is_asked_for() -> None:
+    code = """
+import sys
+from iommufd_uapi.smmuv3 import Cd
+Cd.s1(0x1000, asid=1).pack()
+assert "construct" not in sys.modules
+print(Cd.describe(bytes(64)).word0.v, "construct" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 True\n"
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_field_alone(cls: type[Bitfield]) -> None:
     for name, place in cls.FIELDS.items():

@@ -8,17 +8,21 @@ A structure is a class whose fields say where they lie, in the words of the spec
         ttb0: Annotated[int, address(1, 51, 4)] = 0
         ...
 
-A type checker sees `int` fields. The one declaration serves `words()`, `of()` and printing. An address stands in its
-word where it stands in memory: its field holds the whole address, bits below the field cleared. No construct here:
-a structure of bits has no members that it could name.
+A type checker sees `int` fields. The one declaration serves `words()`, `of()` and printing, and a construct BitStruct
+that layout.py derives from it, for `describe()`. An address stands in its word where it stands in memory: its field
+holds the whole address, bits below the field cleared. construct is imported when it is asked for, and not before.
 """
 
+import functools
 import struct
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import ClassVar, NamedTuple, Self, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import msgspec
+
+if TYPE_CHECKING:
+    from .layout import BitStruct, Parsed
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -98,6 +102,17 @@ class Bitfield(msgspec.Struct, gc=False):
             words[cls.FIELDS[name].word] |= cls.FIELDS[name].mask
         return tuple(words)
 
+    @classmethod
+    def bit_struct(cls) -> "BitStruct":
+        """The same layout as construct has it: slow, and prints well."""
+        return _derived(cls)
+
+    @classmethod
+    def describe(cls, data: BytesLike) -> "Parsed":
+        """Read a structure with construct, word by word."""
+        container: Parsed = cls.bit_struct().parse(bytes(data))
+        return container
+
     def __str__(self) -> str:
         """The fields that are not zero: ``Cd t0sz=16 v ttb0=0x40000000``."""
         return " ".join([type(self).__name__, *self.shown()])
@@ -106,6 +121,13 @@ class Bitfield(msgspec.Struct, gc=False):
         """``name=value`` of every field that is not zero; flags without the value."""
         values = zip(self.FIELDS.items(), msgspec.structs.astuple(self), strict=True)
         return [_shown(name, place, value) for (name, place), value in values if value and name not in but]
+
+
+@functools.cache
+def _derived(cls: type[Bitfield]) -> "BitStruct":
+    from .layout import bit_struct  # the one file that knows construct
+
+    return bit_struct(cls.FIELDS, cls.WORDS, 8 * cls.SIZEOF // cls.WORDS)
 
 
 B = TypeVar("B", bound=Bitfield)

@@ -8,7 +8,7 @@ any bytes: what cannot be read or is not known is shown as the number it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import iommufd as uapi
 from . import kvm, vfio
@@ -16,6 +16,9 @@ from .args import whole
 from .iommufd_test import TEST_OPS, TestCmd
 from .layout import Ioctl, Layout, VfioIoctl
 from .names import HEX, IDS, INVALIDATIONS, NAMES, NESTED, PADS, PLAIN, RECORDS, VFIO_EXTENSIONS
+
+if TYPE_CHECKING:
+    from .bits import Bitfield
 
 IOVA_RANGE = uapi.IovaRange.SIZEOF
 DECIMAL = 4096  #: numbers from here on are printed in hexadecimal
@@ -308,6 +311,8 @@ def describe(obj: Layout, view: View) -> str:
 
 def _text(obj: Layout, name: str, view: View) -> str:
     value: Any = getattr(obj, name)
+    if isinstance(obj, uapi.HwptArmSmmuv3 | uapi.ViommuArmSmmuv3Invalidate | uapi.VeventArmSmmuv3):
+        return _bits(obj) or _compound(value, view)
     if not isinstance(value, int):
         return _compound(value, view)
     if (found := NAMES.get((type(obj), name))) is not None:
@@ -315,6 +320,21 @@ def _text(obj: Layout, name: str, view: View) -> str:
     if name in IDS or (type(obj), name) == (uapi.Destroy, "id"):
         return _id(value, view)
     return hex(value) if name in HEX else _plain(value)
+
+
+def _bits(obj: uapi.HwptArmSmmuv3 | uapi.ViommuArmSmmuv3Invalidate | uapi.VeventArmSmmuv3) -> str:
+    """{TLBI_NH_VA asid=0x5 leaf addr=0x1000}: an STE, a command or an event; "" if it has bits without a name."""
+    from .smmuv3 import Cmd, Event, Ste
+
+    entry: Bitfield
+    if isinstance(obj, uapi.HwptArmSmmuv3):
+        words, entry = obj.ste, Ste.of(obj.ste)
+    elif isinstance(obj, uapi.ViommuArmSmmuv3Invalidate):
+        words, entry = obj.cmd, Cmd.decode(obj.pack())
+    else:
+        words, entry = obj.evt, Event.decode(obj.pack())
+    named = all(not word & ~mask for word, mask in zip(words, entry.mask(), strict=False))
+    return f"{{{str(entry).removeprefix('Ste ')}}}" if named else ""
 
 
 def _compound(value: bytes | tuple[int, ...] | Layout, view: View) -> str:

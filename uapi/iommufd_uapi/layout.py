@@ -17,8 +17,8 @@ it: the same bytes, a hundred times faster. construct itself serves `describe()`
 
 import inspect
 import struct
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar, cast, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeAlias, TypeVar, cast, get_args
 
 import construct
 import msgspec
@@ -48,6 +48,9 @@ from .rules import (
     When,
 )
 
+if TYPE_CHECKING:
+    from .bits import Bits
+
 __all__ = [
     "u8", "u16", "u32", "u64", "s32", "s64", "array", "raw",
     "Layout", "Ioctl", "VfioIoctl", "Member", "layout", "ioctl", "vfio_ioctl",
@@ -66,6 +69,8 @@ IOC_TYPE = ord(";") << 8  #: both headers use `_IO(';', nr)`: no size and no dir
 
 BytesLike = bytes | bytearray | memoryview
 Codec: TypeAlias = "construct.Construct[Any, Any]"
+BitStruct: TypeAlias = "construct.Struct"
+Parsed: TypeAlias = "construct.Container[Any]"  #: what it reads
 
 
 def array(ctype: object, count: int) -> Codec:
@@ -305,6 +310,41 @@ def _fds(members: list[Member]) -> Iterable[Fd]:
         for fact in member.facts:
             if isinstance(fact, FdIn | FdOut):
                 yield Fd(member.name, member.offset, fact.direction)
+
+
+# ---- structures of bit fields (bits.py) -----------------------------------------------------------
+
+
+def bit_struct(places: "Mapping[str, Bits]", words: int, width: int) -> BitStruct:
+    """A structure of little-endian words, each a BitStruct from its highest bit down; names as the class has them."""
+    return construct.Struct(*(
+        f"word{word}" / construct.ByteSwapped(construct.BitStruct(*_bit_fields(places, word, width)))
+        for word in range(words)
+    ))  # fmt: skip
+
+
+def _bit_fields(places: "Mapping[str, Bits]", word: int, width: int) -> Iterable[Codec]:
+    """The fields of one word with each gap filled."""
+    end = width
+    for name, place in sorted(places.items(), key=lambda item: -item[1].high):
+        if place.word != word:
+            continue
+        if gap := end - place.high - 1:
+            yield construct.Padding(gap)
+        yield name / _bit_field(place)
+        end = place.low
+    if end:
+        yield construct.Padding(end)
+
+
+def _bit_field(place: "Bits") -> Codec:
+    """A number, a named value, or an address, whose bits stand where they mean something."""
+    number: Codec = construct.BitsInteger(place.high - place.low + 1)
+    if place.names is not None:
+        return construct.Enum(number, place.names)
+    if place.in_place:
+        return construct.ExprAdapter(number, lambda value, _: value << place.low, lambda value, _: value >> place.low)
+    return number
 
 
 # ---- the fast codec ------------------------------------------------------------------------------

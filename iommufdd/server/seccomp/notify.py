@@ -310,6 +310,7 @@ class Supervisor(Listener, Targets[Thread]):
         opened = (each.opened for each in found if each is not None)
         return {each for each in opened if isinstance(each, OpenContext | OpenDevice)}
 
+
 def origin_of(peer: Peer) -> Origin:
     try:
         return Origin.of(peer.pid)

@@ -92,7 +92,7 @@ def test_wrong_words(start: Start) -> None:
     process = start("--only", "ioctl,weather")
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
-    assert "'weather' is not one of ioctl, queue, dma, fault, invalidate, replace, object" in err
+    assert "'weather' is not one of ioctl, queue, dma, fault, invalidate, replace, stale, object" in err
 
 
 def test_no_daemon(tmp_path: Path) -> None:

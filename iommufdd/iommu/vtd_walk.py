@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iommufdd.errors import IommufdError
 
 from .ops import Extent
-from .tlb import Space, TlbEntry
+from .tlb import Space, TlbEntry, entry_of, entry_of_both
 from .vtd_pasid import FIRST, SECOND
 from .vtd_regs import Reason
 from .walk import (
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .vtd_hw import VtdHardware
     from .vtd_kvm import VtdKvm
     from .vtd_pasid import PasidEntry
-    from .walk import Leaf, RawStep
+    from .walk import RawStep
 
 _entry_at = struct.Struct("<Q")
 _NOWHERE = 1, 0, memoryview(b""), 0
@@ -120,7 +120,7 @@ class Walk:
                 entry = self._context.ept.translate(self._context.space, iova, access, self._steps, cached=self._cached)
             elif pgtt == SECOND:
                 extent, rights = self._second(iova, access, During.ACCESS)
-                entry = _from_extent(extent, rights)
+                entry = entry_of(extent, rights)
             else:
                 entry = self._nested(iova, access)
         except TranslationFault as fault:
@@ -145,23 +145,21 @@ class Walk:
             raise TranslationFault(Why.NOT_PRESENT, stage=1, level=1, addr=iova)
         if access & WRITE and not extent.writable:
             raise TranslationFault(Why.WRITE, stage=1, level=1, addr=iova)
-        return _from_extent(extent, allowed(readable=True, writable=extent.writable))
+        return entry_of(extent, allowed(readable=True, writable=extent.writable))
 
     def _second(self, ipa: int, access: int, during: During) -> tuple[Extent, int]:
         """The second stage's answer, and the accesses that need not ask again. TranslationFault."""
-        domain = self._context.domain
-        if ipa > domain.aperture_end:
+        context = self._context
+        if ipa > context.domain.aperture_end:
             raise self._stop(Why.ADDRESS_SIZE, ipa, during)
         extent = self._extent(ipa)
         if extent is None:
             raise self._stop(Why.NOT_PRESENT, ipa, during)
-        if access & (READ | EXEC) and not extent.readable:
-            raise self._stop(Why.READ, ipa, during)
-        if access & WRITE and not extent.writable:
-            raise self._stop(Why.WRITE, ipa, during)
-        rights = allowed(readable=extent.readable, writable=extent.writable)
-        if self._context.entry.ssade:
-            extent, rights = self._dirty(extent, rights, ipa, access, during)
+        rights = extent.allowed
+        if not rights >> access & 1:
+            raise self._stop(Why.WRITE if extent.readable else Why.READ, ipa, during)
+        if context.entry.ssade:
+            return self._dirty(extent, rights, ipa, access, during)
         return extent, rights
 
     def _dirty(self, extent: Extent, rights: int, ipa: int, access: int, during: During) -> tuple[Extent, int]:
@@ -170,8 +168,7 @@ class Walk:
         assert domain.translation is not None
         found = domain.translation.entry(ipa, domain.pgsize_bitmap)
         if found is not None:
-            first, size = found
-            extent = extent._replace(first=first, last=first + size - 1, pos=extent.pos + first - extent.first)
+            extent = extent.part(*found)
         if not access & WRITE:
             return extent, rights & ~WRITES
         if not self._context.entry.pwsnp:
@@ -202,7 +199,7 @@ class Walk:
             self._keep(start, before, iova)
         gpa = leaf.out + iova - leaf.first
         extent, rights = self._second(gpa, access, During.ACCESS)
-        return _combined(leaf, iova, gpa, extent, rights, (*before, *steps))
+        return entry_of_both(leaf, iova, gpa, extent, rights, (*before, *steps))
 
     def _fetch(self, gpa: int) -> int:
         page = self._table(gpa, READ, During.WALK)
@@ -258,7 +255,7 @@ class Walk:
             if found is not None and found.allowed >> access & 1:
                 return found
         extent, rights = self._second(gpa, access, during)
-        entry = _from_extent(extent, rights)
+        entry = entry_of(extent, rights)
         if self._cached:
             tables.insert(entry)
         return entry
@@ -288,10 +285,6 @@ class Walk:
             self._context.space.keep_table(level, iova >> 9 * level + 12, kept)
 
 
-def _from_extent(extent: Extent, rights: int) -> TlbEntry:
-    return TlbEntry(extent.first, extent.last, extent.file, extent.pos, rights, ipa=extent.first)
-
-
 def _beside_interrupts(entry: TlbEntry, iova: int) -> TlbEntry:
     """The part of an entry around iova that is all interrupt addresses, or none."""
     first, last = entry.first, entry.last
@@ -304,12 +297,3 @@ def _beside_interrupts(entry: TlbEntry, iova: int) -> TlbEntry:
     ahead = first - entry.first
     return TlbEntry(first, last, entry.file, entry.pos + ahead, entry.allowed, ipa=entry.ipa + ahead,
                     raw_steps=entry.raw_steps)  # fmt: skip
-
-
-def _combined(leaf: Leaf, iova: int, gpa: int, extent: Extent, rights: int, steps: tuple[RawStep, ...]) -> TlbEntry:
-    """What both stages give together: the smaller stretch, the common rights."""
-    first = max(leaf.first, iova - (gpa - extent.first))
-    last = min(leaf.first + leaf.size - 1, iova + (extent.last - gpa))
-    ipa = gpa - (iova - first)
-    pos = extent.pos + ipa - extent.first
-    return TlbEntry(first, last, extent.file, pos, leaf.allowed & rights, ipa=ipa, raw_steps=steps)

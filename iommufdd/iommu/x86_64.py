@@ -5,11 +5,10 @@ AMD's v2 tables have the same entries, without EA and with supervisor writes alw
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .walk import (
-    ALL,
     EXEC,
     EXECS,
     PRIV,
@@ -35,6 +34,8 @@ EA = 1 << 10
 XD = 1 << 63
 _new = tuple.__new__  # makes a NamedTuple in half the time
 RIGHTS = RW | US | XD
+_SHARED = RW | US  # rights that all entries must give
+_LEAF = XD | D  # what of a page decides the accesses that need no further walk
 HARDWARE_BITS = A | D | EA  # set by walks
 ADDRESS = 0x000F_FFFF_FFFF_F000
 
@@ -47,8 +48,9 @@ def names(entry: int) -> str:
     return " ".join(name for bit, name in FLAGS if entry & bit)
 
 
-class Rules(NamedTuple):
-    """What of the format the hardware and the PASID entry allow."""
+@dataclass(slots=True, eq=False)
+class Rules:
+    """What of the format the hardware and the PASID entry allow; the rest is worked out once."""
 
     levels: int = 4
     pages_2m: bool = True
@@ -56,6 +58,13 @@ class Rules(NamedTuple):
     haw: int = 52  # host address width: address bits above it are reserved
     write_protect: bool = False  # PASID entry's WPE: supervisor writes need RW too
     extended_access: bool = False  # PASID entry's EAFE: set EA in all entries used
+
+    quick: tuple[tuple[int, int, int], ...] = field(init=False)  # _needed(), by access
+    known: dict[int, int] = field(init=False)  # _allowed(), by what it depends on
+
+    def __post_init__(self) -> None:
+        self.quick = tuple(_needed(access, self.write_protect, self.haw) for access in range(16))
+        self.known = {}
 
 
 class Start(NamedTuple):
@@ -85,16 +94,16 @@ def walk(
     Order of tests in one entry: present, user, write, execute, reserved bits (as in QEMU's intel_iommu.c).
     """
     table, level, rights = start
-    mask, needed = _needed(access, rules.write_protect, rules.haw)
-    if level == rules.levels == 4 and update is None and not iova >> 47:
+    if level == 4 and update is None and not iova >> 47 and rules.levels == 4:
         try:
-            found = _four_levels(fetch, table, rules, iova, mask, needed, steps)
+            found = _four_levels(fetch, table, rules, iova, access, steps)
         except TranslationFault:
             found = None  # once more, step by step: the steps tell the fault's level
         if found is not None:
             return found
     if not canonical(iova, rules.levels):
         raise TranslationFault(Why.CANONICAL, stage=1, level=rules.levels, addr=iova)
+    _, mask, needed = rules.quick[access]
     while True:
         address = table | iova >> 9 * level & 0xFF8
         entry = fetch(address)
@@ -110,37 +119,51 @@ def walk(
         table = entry & ADDRESS
         level -= 1
     size = 8 << 9 * level
-    dirty = bool(entry & D) or bool(update is not None and access & WRITE)
-    return Leaf(iova & -size, entry & ADDRESS & -size, size, _allowed(rights & RIGHTS, rules.write_protect, dirty))
+    dirty = D if update is not None and access & WRITE else entry & D
+    return Leaf(iova & -size, entry & ADDRESS & -size, size, _allowed(rights & RIGHTS ^ XD | dirty, rules))
 
 
 def _four_levels(
-    fetch: Fetch, table: int, rules: Rules, iova: int, mask: int, needed: int, steps: list[RawStep]
+    fetch: Fetch, table: int, rules: Rules, iova: int, access: int, steps: list[RawStep]
 ) -> Leaf | None:
     """The commonest walk unrolled, which is faster by half: from the root to a 4 KiB page, nothing in the way."""
+    table_mask, mask, needed = rules.quick[access]
     a4 = table | iova >> 36 & 0xFF8
     e4 = fetch(a4)
     a3 = e4 & ADDRESS | iova >> 27 & 0xFF8
-    e3 = fetch(a3) if e4 & mask == needed else 0
+    if e4 & table_mask != needed:
+        return None
+    e3 = fetch(a3)
     a2 = e3 & ADDRESS | iova >> 18 & 0xFF8
-    e2 = fetch(a2) if e3 & mask == needed and not (e4 | e3) & PS else 0
+    if e3 & table_mask != needed:
+        return None
+    e2 = fetch(a2)
     a1 = e2 & ADDRESS | iova >> 9 & 0xFF8
-    e1 = fetch(a1) if e2 & mask == needed and not e2 & PS else 0
+    if e2 & table_mask != needed:
+        return None
+    e1 = fetch(a1)
     if e1 & mask != needed:
         return None
     steps += (1, 4, a4, e4), (1, 3, a3, e3), (1, 2, a2, e2), (1, 1, a1, e1)
-    rights = e4 & e3 & e2 & e1 & (RW | US) | ~(e4 | e3 | e2 | e1) & XD
-    return _new(Leaf, (iova & -4096, e1 & ADDRESS, 4096, _allowed(rights, rules.write_protect, e1 & D != 0)))
+    known = _SHARED & e4 & e3 & e2 & e1 | e1 & _LEAF
+    allowed = rules.known.get(known)
+    if allowed is None:
+        allowed = _allowed(known, rules)
+    return _new(Leaf, (iova & -4096, e1 & ADDRESS, 4096, allowed))
 
 
-@functools.cache
-def _needed(access: int, write_protect: bool, haw: int) -> tuple[int, int]:
-    """(bits that matter, their value) in an entry that lets the access pass: the quick test of every level."""
+def _needed(access: int, write_protect: bool, haw: int) -> tuple[int, int, int]:
+    """The quick test of an entry that lets the access pass: (bits that matter in a table, in a page, their value).
+
+    In a table PS and XD matter too: with them a walk goes step by step.
+    """
     needed = P if access & PRIV else P | US
     if access & WRITE and (write_protect or not access & PRIV):
         needed |= RW
     mask = needed | ADDRESS & -(1 << haw)
-    return (mask | XD if access & EXEC else mask), needed
+    if access & EXEC:
+        mask |= XD
+    return mask | PS | XD, mask, needed
 
 
 def _check(level: int, entry: int, rights: int, iova: int, access: int, rules: Rules) -> None:
@@ -188,16 +211,20 @@ def _mark(update: Update, address: int, entry: int, leaf_access: int, rules: Rul
         update(address, entry, new)
 
 
-@functools.cache
-def _allowed(rights: int, write_protect: bool, dirty: bool) -> int:
-    """The accesses that need no further walk; a write through a clean leaf does, to set D."""
-    users = USERS if rights & US else 0
-    privs = PRIVS
-    if not rights & RW:
-        users &= ~WRITES
-        if write_protect:
-            privs &= ~WRITES
-    result = users | privs
-    if not rights & XD:
-        result &= ~EXECS
-    return result & (ALL if dirty else ~WRITES)
+def _allowed(rights: int, rules: Rules) -> int:
+    """The accesses that need no further walk; a write through a leaf without D does, to set it."""
+    result = rules.known.get(rights)
+    if result is None:
+        users = USERS if rights & US else 0
+        privs = PRIVS
+        if not rights & RW:
+            users &= ~WRITES
+            if rules.write_protect:
+                privs &= ~WRITES
+        result = users | privs
+        if rights & XD:
+            result &= ~EXECS
+        if not rights & D:
+            result &= ~WRITES
+        rules.known[rights] = result
+    return result

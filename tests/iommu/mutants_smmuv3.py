@@ -10,7 +10,7 @@ import inspect
 import sys
 from typing import TYPE_CHECKING
 
-from .mutants import Mutant, Suite, main
+from .mutants import BOTH_STAGES, Mutant, Suite, main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,8 +82,10 @@ _WALK = [
     ("bit 63 chooses TBI", "upper = iova >> 55 & 1\n", "upper = iova >> 63 & 1\n"),
     ("a tagged upper address is cut", "return iova | _TAG if upper else iova & ~_TAG", "return iova & ~_TAG"),
     ("a retagged entry stays where it was", "shift = iova - untagged", "shift = 0"),
-    ("stage 2 lets unreadable memory be read", "if access & (READ | EXEC) and not extent.readable:", "if False:"),
-    ("stage 2 lets read-only memory be written", "elif access & WRITE and not extent.writable:", "elif False:"),
+    ("stage 2 lets unreadable memory be read", "if extent.allowed >> access & 1:",
+     "if extent.allowed >> (access & WRITE) & 1:"),
+    ("stage 2 lets read-only memory be written", "if extent.allowed >> access & 1:",
+     "if extent.allowed >> (access & ~WRITE) & 1:"),
     ("rights of kept table pages are not looked at",
      "found is not None and found.allowed >> access & 1", "found is not None"),
     ("the class of a CD fetch is IN",
@@ -116,12 +118,6 @@ _WALK = [
      "for level in range(1, rules.levels):\n                shift = rules.granule + (rules.granule - 3) * level",
      "for level in range(1, rules.levels):\n                shift = rules.granule + (rules.granule - 3) * level - 3"),
     ("the leaf is kept as a table", "enumerate(steps[:-1], 1)", "enumerate(steps, 1)"),
-    ("a combined entry is stage 1's", "max(leaf.first, iova - (ipa - extent.first))", "leaf.first"),
-    ("a combined entry ends with stage 1's",
-     "min(leaf.first + leaf.size - 1, iova + (extent.last - ipa))", "leaf.first + leaf.size - 1"),
-    ("stage 2's rights do not count", "leaf.allowed & rights, ipa=start", "leaf.allowed, ipa=start"),
-    ("stage 1's rights do not count", "leaf.allowed & rights, ipa=start", "rights, ipa=start"),
-    ("a combined entry leads to the extent's start", "extent.pos + start - extent.first", "extent.pos"),
 ]  # fmt: skip
 _REGS = [
     ("a reserved descriptor is a size fault",
@@ -151,7 +147,7 @@ _REGS = [
 ]  # fmt: skip
 MUTANTS = [
     Mutant(module, *change)
-    for module, changes in (("smmuv3_hw", _HW), ("smmuv3_walk", _WALK), ("smmuv3_regs", _REGS))
+    for module, changes in (("smmuv3_hw", _HW), ("smmuv3_walk", _WALK), ("smmuv3_regs", _REGS), ("tlb", BOTH_STAGES))
     for change in changes
 ]
 HARDWARE = ("walk", "lpae", "tlb", "monitor", "replace", "dma", "endpoint", "smmuv3")
